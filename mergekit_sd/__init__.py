@@ -1,0 +1,1 @@
+"""mergekit-sd: merge and operate on Stable Diffusion models."""

@@ -1,0 +1,49 @@
+"""What a file says of its tensors: frozen values, valid by construction. No bytes are read here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_sd.formats.dtypes import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file. `offset` counts from the file's first byte, `nbytes` is its length."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """How many elements; 1 for a scalar (shape `()`)."""
+        return self.nbytes // self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What tells one state of a file on disk from another: compared before and after a run."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model file whose header has been read and checked.
+
+    `tensors` keeps the header's order. `format` is the container: "safetensors" (others later).
+    """
+
+    path: Path
+    format: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    state: FileState
