@@ -1,0 +1,16 @@
+"""Merge operations: pure functions of float32 tensors, registered with their signature.
+
+To add one, write it in a module of this package; every module is imported here by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from mergekit_sd.operations.registry import OPERATIONS, Operand, Operation, Parameter
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["OPERATIONS", "Operand", "Operation", "Parameter"]

@@ -1,0 +1,160 @@
+"""The command group, and the one place that owns stderr, signals and exit codes.
+
+Commands are imported when they are called, so that `--help` and a typo answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import click
+
+from mergekit_sd.errors import Cancelled, MergekitError
+from mergekit_sd.events import CancelToken
+from mergekit_sd.text import did_you_mean
+
+# Command, module of mergekit_sd.cli that holds it, help in the list. Sections in the order shown.
+COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
+    "Recipes": {
+        "run": ("run", "Make the outputs of recipes."),
+        "plan": ("run", "Tell what a run would do, from headers alone."),
+        "check": ("run", "Check a recipe without opening a model."),
+        "merge": ("merge", "Merge models without writing a recipe."),
+        "demo": ("demo", "Make small models and merge them, to see how it works."),
+    },
+    "Files": {
+        "inspect": ("inspect", "Tell what a model file is and what is in it."),
+        "diff": ("inspect", "Compare two models block by block."),
+        "hash": ("inspect", "Hash a file the ways that tools know it by."),
+        "recover": ("provenance", "Get the recipe back out of a merged file."),
+        "verify": ("provenance", "Rebuild a file from its recipe and compare."),
+    },
+    "Reference": {
+        "ops": ("reference", "List the merge operations, or explain one."),
+        "presets": ("reference", "List the block weight presets."),
+        "schema": ("reference", "Print the recipe's JSON Schema for editors."),
+    },
+    "Setup": {
+        "roots": ("setup", "Name the folders that models lie in."),
+        "doctor": ("setup", "Check this machine, and say what to do."),
+        "completion": ("setup", "Print the shell completion script."),
+    },
+}
+
+
+class Group(click.Group):
+    """A group that imports a command when it is called and suggests one for a typo."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every command, in the order of the sections."""
+        return [name for section in COMMANDS.values() for name in section]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported."""
+        for section in COMMANDS.values():
+            if cmd_name in section:
+                module = importlib.import_module(f"mergekit_sd.cli.{section[cmd_name][0]}")
+                command: click.Command = getattr(module, f"{cmd_name}_command")
+                return command
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with a suggestion."""
+        if args and args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
+            ctx.fail(f'No command "{args[0]}"; {did_you_mean(args[0], self.list_commands(ctx))}')
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, from the table: nothing is imported for it."""
+        for title, section in COMMANDS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, text) for name, (_, text) in section.items()])
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.version_option(package_name="mergekit-sd", prog_name="mergekit-sd")
+def cli() -> None:
+    """Merge and operate on Stable Diffusion models: streaming, from recipes, bit for bit."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code. Every error is told here, once."""
+    token = CancelToken()
+    json_wanted = "--json" in arguments
+    with _interruptible(token):
+        try:
+            result = cli.main(arguments, prog_name="mergekit-sd", standalone_mode=False, obj=token)
+            return result if isinstance(result, int) else 0
+        except MergekitError as error:
+            return _tell(error, json_wanted)
+        except click.ClickException as error:
+            error.show()
+            return 2
+        except (KeyboardInterrupt, click.Abort):
+            return _tell(Cancelled(), json_wanted)
+        except BrokenPipeError:  # the reader of our output (`| head`) has gone
+            with contextlib.suppress(OSError):
+                sys.stdout = None
+            return 0
+        except MemoryError:
+            return _tell(_out_of_memory(), json_wanted)
+        except Exception as error:
+            return _tell_bug(error)
+
+
+def _out_of_memory() -> MergekitError:
+    from mergekit_sd.errors import EnvironmentFault
+
+    return EnvironmentFault("The memory ran out.", hint="close other programs, or give --threads 1")
+
+
+def _tell(error: MergekitError, json_wanted: bool) -> int:
+    from mergekit_sd.cli.show import print_error, print_json
+
+    if json_wanted:
+        print_json({"error": error.as_json()})
+    print_error(error, json_wanted)
+    return error.exit_code
+
+
+def _tell_bug(error: Exception) -> int:
+    """An error of ours: one line for the user, the traceback into a file for the report."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="mergekit-sd-", suffix=".log", delete=False, encoding="utf-8") as log:
+        traceback.print_exception(error, file=log)
+    click.echo(f"This is a bug in mergekit-sd: {type(error).__name__}: {error}", err=True)
+    click.echo(f"Please report it with the file {log.name}", err=True)
+    return 1
+
+
+@contextlib.contextmanager
+def _interruptible(token: CancelToken) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a run through its token, everything else at once; later signals change nothing."""
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        first = not token.cancelled
+        token.cancel()
+        if first and not token.listening:
+            raise KeyboardInterrupt
+
+    former: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former[number] = signal.signal(number, handle)
+    except ValueError:  # not in the main thread: the caller's handlers stay
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

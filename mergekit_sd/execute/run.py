@@ -1,0 +1,278 @@
+"""A plan becomes files: one streaming pass per output.
+
+Owns the order of a run: checks, threads, the wait, findings, hashes, the rename. Must not know
+recipes' syntax or the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mergekit_sd.errors import Cancelled, PinMismatch
+from mergekit_sd.events import CancelToken, Listener, Noted, OutputFinished, OutputStarted, Progressed, ignore
+from mergekit_sd.execute.ledger import Ledger
+from mergekit_sd.execute.tasks import CHUNK, Task, cut
+from mergekit_sd.execute.worker import Sink, Worker
+from mergekit_sd.formats.hashing import FileHashes, default_threads, file_hashes
+from mergekit_sd.formats.reading import InputFile
+from mergekit_sd.formats.writing import OutputFile
+from mergekit_sd.lazy import torch
+from mergekit_sd.plan.build import check_targets, layout_output, place_output
+from mergekit_sd.plan.values import Plan, PlannedOutput
+
+MEMORY_BUDGET = 64 * 1024 * 1024
+TICK = 0.1  # seconds between progress events
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a plan; none of it changes the bytes, but for `allow_nonfinite`.
+
+    `hashing`: make content hashes while streaming. `expected`: output name to the content hash
+    that a lock demands; `expected_inputs`: the same for model names.
+    """
+
+    force: bool = False
+    threads: int | None = None
+    allow_nonfinite: bool = False
+    scan: bool = False
+    hashing: bool = True
+    memory: int = MEMORY_BUDGET
+    expected: Mapping[str, str] = field(default_factory=dict)
+    expected_inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputReport:
+    """What was made: hashes by model name for what was read, clamped elements by tensor."""
+
+    name: str
+    path: Path
+    bytes: int
+    content_hash: str | None
+    inputs: Mapping[str, str]
+    counts: Mapping[str, int]
+    dropped: Mapping[str, int]
+    clamped: Mapping[str, int]
+    nonfinite: Mapping[str, int]
+    seconds: float
+
+
+def execute(
+    plan: Plan,
+    options: RunOptions = RunOptions(),
+    on_event: Listener = ignore,
+    cancel: CancelToken | None = None,
+) -> list[OutputReport]:
+    """Make every output of a plan. Raises what `check_targets` and `write_output` raise."""
+    check_targets(plan, options.force)
+    files = check_pins(plan)
+    for warning in plan.warnings:
+        on_event(Noted(warning))
+    return [write_output(plan, output, options, files, on_event, cancel or CancelToken()) for output in plan.outputs]
+
+
+def check_pins(plan: Plan) -> dict[int, FileHashes]:
+    """The file hashes that are pinned or asked for. Raises PinMismatch before a byte is written."""
+    files = {}
+    for number, source in enumerate(plan.inputs):
+        pin = plan.recipe.models[source.name].sha256
+        if pin or plan.metadata == "webui":
+            files[number] = file_hashes(source.file.path)
+        if pin and files[number].sha256 != pin.lower():
+            place = plan.recipe.error("", ("models", source.name, "sha256"))
+            raise PinMismatch(
+                f'"{source.name}" is pinned to another file: its sha256 is {files[number].sha256}.',
+                file=source.file.path,
+                key=place.key,
+                line=place.line,
+                column=place.column,
+                hint="take the file that was meant, or change the pin",
+            )
+    return files
+
+
+def write_output(
+    plan: Plan,
+    output: PlannedOutput,
+    options: RunOptions,
+    files: Mapping[int, FileHashes],
+    on_event: Listener,
+    cancel: CancelToken,
+) -> OutputReport:
+    """One pass: the finished file stands under its name, or nothing has changed."""
+    output = place_output(plan, output, files)
+    torch.float32  # noqa: B018  import torch before a temporary file exists: Ctrl-C may cut it short
+    begun = time.monotonic()
+    on_event(OutputStarted(output.name, str(output.path), output.size))
+    with cancel.guarded(), OutputFile(output.path, output.size) as target:
+        report = stream(plan, output, target, options, files, on_event, cancel)
+        _wait([target.sync], lambda: None, cancel, target.give_up)
+        target.commit()
+    seconds = time.monotonic() - begun
+    on_event(OutputFinished(output.name, str(output.path), output.size, report.content_hash, seconds))
+    return report
+
+
+def stream(
+    plan: Plan,
+    output: PlannedOutput,
+    sink: Sink,
+    options: RunOptions,
+    files: Mapping[int, FileHashes],
+    on_event: Listener,
+    cancel: CancelToken,
+) -> OutputReport:
+    """Compute a placed output into a sink, header last (it holds the hashes). Raises on findings."""
+    begun = time.monotonic()
+    ledger = Ledger()
+
+    def tell() -> None:
+        seconds = time.monotonic() - begun
+        on_event(Progressed(output.name, "merging", ledger.done, output.size, seconds))
+
+    with _opened(plan) as inputs:
+        _work(output, inputs, sink, ledger, options, tell, cancel)
+        for source in inputs:
+            source.check_unchanged()
+    ledger.check(output.name, options.allow_nonfinite)
+    content: dict[int, str] = {}
+    made = None
+    if options.hashing:
+        reads = output.reads()
+        content = {n: ledger.content_hash(n, {k: r.tensor for k, r in reads[n].items()}) for n in sorted(reads)}
+        made = ledger.content_hash(None, {tensor.info.name: tensor.info for tensor in output.tensors})
+    by_name = {plan.inputs[number].name: digest for number, digest in content.items()}
+    _check_locked(output.name, made, by_name, options)
+    sink.write(memoryview(layout_output(plan, output, content, files).raw), 0)
+    tell()
+    return OutputReport(
+        output.name,
+        output.path,
+        output.size,
+        made,
+        by_name,
+        {how: number for how, number in output.counted().items()},
+        {reason: len(names) for reason, names in output.dropped.items()},
+        {name: finding.elements for name, finding in sorted(ledger.clamped.items())},
+        {name: finding.elements for name, finding in sorted(ledger.nonfinite.items())},
+        time.monotonic() - begun,
+    )
+
+
+def _check_locked(output: str, made: str | None, inputs: Mapping[str, str], options: RunOptions) -> None:
+    for name, digest in inputs.items():
+        if options.expected_inputs.get(name, digest) != digest:
+            raise PinMismatch(
+                f'"{name}" is not the model that the lock pins: its content hash is {digest}.',
+                hint="find the model that was used, or run without --locked to make a new lock",
+            )
+    if made and options.expected.get(output, made) != made:
+        raise PinMismatch(
+            f'The output "{output}" differs from its lock: its content hash is {made}.',
+            hint="run without --locked to make a new lock",
+        )
+
+
+@contextlib.contextmanager
+def _opened(plan: Plan) -> Iterator[list[InputFile]]:
+    """The inputs by number; a file that two models name is opened once."""
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, InputFile] = {}
+        for source in plan.inputs:
+            path = source.file.path
+            if path not in files:
+                files[path] = InputFile(path, source.file.state)
+                stack.callback(files[path].close)
+        yield [files[source.file.path] for source in plan.inputs]
+
+
+def thread_count(output: PlannedOutput, options: RunOptions) -> int:
+    """As many threads as cores (or as asked for), as far as their buffers fit the memory budget."""
+    registers = max((t.program.registers for t in output.tensors if t.how in ("merged", "cast")), default=0)
+    each = CHUNK * 4 * (registers + 2)  # float32 registers, and a raw buffer in and out
+    return max(1, min(options.threads or default_threads(), options.memory // each))
+
+
+class _Stopped(Exception):
+    """Another thread failed, or the run was cancelled: leave the task."""
+
+
+def _work(
+    output: PlannedOutput,
+    inputs: Sequence[InputFile],
+    sink: Sink,
+    ledger: Ledger,
+    options: RunOptions,
+    tell: Callable[[], None],
+    cancel: CancelToken,
+) -> None:
+    """Do all tasks of an output on threads; the first error stops them all and is raised."""
+    tasks = cut(output)
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    def next_task() -> Task | None:
+        with lock:
+            return next(tasks, None)
+
+    def run() -> None:
+        torch.set_num_threads(1)  # of this thread only: the caller's setting stays
+        clamp = output.spec.overflow == "clamp"
+        worker = Worker(inputs, sink, ledger, check, hashing=options.hashing, scan=options.scan, clamp=clamp)
+        while task := next_task():
+            check()
+            worker.do(task)
+
+    _wait([run] * thread_count(output, options), tell, cancel, stop.set)
+
+
+def _wait(
+    calls: Sequence[Callable[[], None]],
+    tell: Callable[[], None],
+    cancel: CancelToken,
+    hurry: Callable[[], None],
+) -> None:
+    """Run calls on threads of their own until all are done; raises the first error among them.
+
+    `hurry` makes the calls end early: it is called on the first error, and on cancellation.
+    """
+    errors: list[BaseException] = []
+
+    def guarded(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except _Stopped:
+            pass
+        except BaseException as error:  # handed to the waiting thread, which raises it
+            errors.append(error)
+            hurry()
+
+    threads = [threading.Thread(target=guarded, args=(call,), name=f"merge-{n}") for n, call in enumerate(calls)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(TICK)
+                tell()
+                if cancel.cancelled:
+                    raise Cancelled
+    except BaseException:
+        hurry()
+        raise
+    finally:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if errors:
+        raise errors[0]

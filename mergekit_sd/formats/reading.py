@@ -1,0 +1,100 @@
+"""Positional reads of input files, and the positional descriptor that reading and writing share.
+
+Owns every call that reads a tensor's bytes. Must not know what the bytes mean.
+
+Where a platform lacks a call (`preadv`, `pwrite`), plain seeks under a lock do the same.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from mergekit_sd.errors import InputChanged, UnreadableInput
+from mergekit_sd.formats.tensor import FileState
+
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+class Positional:
+    """Reads and writes at offsets on one descriptor, from several threads."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._seek_lock = threading.Lock()
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        """Read into `buffer`; returns how many bytes came (0 at the end). Raises OSError."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.descriptor, [buffer], offset)
+        with self._seek_lock:
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            piece = os.read(self.descriptor, len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def write(self, buffer: memoryview, offset: int) -> int:
+        """Write from `buffer`; returns how many bytes went. Raises OSError."""
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self.descriptor, buffer, offset)
+        with self._seek_lock:
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            return os.write(self.descriptor, buffer)
+
+
+def file_state(status: os.stat_result) -> FileState:
+    """What of a `stat` tells whether a file is still the one that was opened."""
+    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class InputFile:
+    """An input that is read by position. Short reads and errors name the file."""
+
+    def __init__(self, path: Path, state: FileState) -> None:
+        self.path = path
+        self.state = state
+        try:
+            self._file = Positional(os.open(path, _READ_FLAGS))
+        except OSError as error:
+            raise UnreadableInput(f"Cannot open it: {error.strerror}.", file=path) from error
+        if file_state(os.fstat(self._file.descriptor)) != state:
+            self.close()
+            raise self._changed()
+
+    @property
+    def descriptor(self) -> int:
+        """The open descriptor, for kernel copies."""
+        return self._file.descriptor
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes at `offset`. Raises InputChanged if the file ends before."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = self._file.read(buffer[done:], offset + done)
+            except OSError as error:
+                raise UnreadableInput(f"Reading it failed: {error.strerror}.", file=self.path) from error
+            if count == 0:
+                raise self._changed()
+            done += count
+
+    def check_unchanged(self) -> None:
+        """Raises InputChanged if the path no longer leads to the file that was opened, as it was."""
+        try:
+            now = file_state(self.path.stat())
+        except OSError:
+            raise self._changed() from None
+        if now != self.state:
+            raise self._changed()
+
+    def _changed(self) -> InputChanged:
+        return InputChanged(
+            "This input was replaced, truncated or written to during the run.",
+            file=self.path,
+            hint="let the other program finish, then run again",
+        )
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._file.descriptor)

@@ -1,0 +1,338 @@
+"""Outputs that appear whole or not at all.
+
+Owns every call that changes the disk: the temporary file beside the target, its lock,
+preallocation, positional writes, kernel copies, flushing, the rename. Must not know what the
+bytes mean.
+
+Where a platform lacks a call (`copy_file_range`, `posix_fallocate`, `flock`), the fallback below
+it does the same through a buffer, by size, or with the platform's own lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from mergekit_sd.errors import DiskFull, EnvironmentFault, NotWritable, TargetBusy, TargetLocked, UsageError
+from mergekit_sd.formats.reading import InputFile, Positional
+from mergekit_sd.text import shown, size
+
+WINDOWS = os.name == "nt"
+TEMPORARY_SUFFIX = ".mergekit-sd.tmp"
+LONGEST_NAME = 255
+COPY_PIECE = 1 << 20
+CLAIM_TRIES = 10
+FLUSH_INTERVAL = 0.15  # seconds between flushes behind the writers
+
+_WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user can still write on the folder's disk."""
+    return shutil.disk_usage(folder).free
+
+
+def check_folder(folder: Path, needed: int) -> None:
+    """Before any work: the folder exists, can be written to, and has `needed` bytes free."""
+    if not folder.is_dir():
+        raise NotWritable("The output's folder does not exist.", file=folder, hint="create it, or name another output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise NotWritable("The output's folder cannot be written to.", file=folder, hint="check its permissions")
+    free = free_bytes(folder)
+    if needed > free:
+        raise DiskFull(
+            f"The disk has too little room: {needed:,} bytes ({size(needed)}) needed, "
+            f"{free:,} bytes ({size(free)}) free.",
+            file=folder,
+            hint="free some space, or write to another disk (--output-root)",
+        )
+
+
+class OutputFile:
+    """A target file in the making: written to a temporary file beside it, shown by one rename.
+
+    Use as a context manager: leaving it without `commit()` removes everything that was written.
+    The temporary file is locked while it is written, so that a second writer of the same target
+    is refused, and a later run can tell a killed run's leftovers and sweep them.
+    """
+
+    def __init__(self, target: Path, length: int) -> None:
+        self.target = Path(os.path.realpath(target))  # a symlinked target is followed
+        self.length = length
+        folder = self.target.parent
+        if self.target.is_dir():
+            raise UsageError("The output is a folder.", file=self.target, hint="name a file in it")
+        check_folder(folder, length)
+        sweep(folder)
+        self.temporary = folder / _temporary_name(self.target.name)
+        self._committed = False
+        self._flusher: _Flusher | None = None
+        with self._told():
+            self._file = Positional(_claim(self.temporary, self.target))
+        try:
+            with self._told():
+                _preallocate(self._file.descriptor, length)
+        except BaseException:
+            self.abort()
+            raise
+        self._flusher = _Flusher(self._file.descriptor)
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        """Write all of `buffer` at `offset`; from any thread."""
+        with self._told():
+            done = 0
+            while done < len(buffer):
+                done += self._file.write(buffer[done:], offset + done)
+
+    def copy(self, source: InputFile, source_offset: int, offset: int, length: int) -> None:
+        """Copy bytes from an input, in the kernel where it can."""
+        done = 0
+        while done < length:
+            count = self._copy_in_kernel(source, source_offset + done, offset + done, length - done)
+            if count == 0:
+                break
+            done += count
+        buffer = bytearray(min(COPY_PIECE, length - done))
+        while done < length:
+            piece = memoryview(buffer)[: min(len(buffer), length - done)]
+            source.read_into(piece, source_offset + done)
+            self.write(piece, offset + done)
+            done += len(piece)
+
+    def _copy_in_kernel(self, source: InputFile, source_offset: int, offset: int, length: int) -> int:
+        if not hasattr(os, "copy_file_range"):
+            return 0
+        try:
+            return os.copy_file_range(source.descriptor, self._file.descriptor, length, source_offset, offset)
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                return 0  # another file system, or one that cannot: through a buffer instead
+            raise self._fault(error) from error
+
+    def sync(self) -> None:
+        """Bring everything that was written onto the disk."""
+        with self._told():
+            if self._flusher:
+                self._flusher.stop()
+            os.fsync(self._file.descriptor)
+
+    def give_up(self) -> None:
+        """Drop what is not on the disk yet, so that a sync under way in another thread ends at once."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file.descriptor, 0)
+
+    def commit(self) -> None:
+        """Make the finished, synced file appear under the target's name, at once and for good."""
+        with self._told():
+            if WINDOWS:
+                self._close()  # Windows renames only closed files
+            self._rename()
+            self._committed = True
+            _sync_folder(self.target.parent)
+            self._close()
+
+    def _rename(self) -> None:
+        try:
+            self.temporary.replace(self.target)
+        except PermissionError:
+            if not WINDOWS:
+                raise
+            spare = self.target.with_name(f"{self.target.stem}.finished{self.target.suffix}")
+            self.temporary.replace(spare)
+            self._committed = True
+            raise TargetBusy(
+                f"Another program holds the target open, so the finished file is called {shown(spare.name)}.",
+                file=self.target,
+                hint="unload the old file there, then rename the finished one",
+            ) from None
+
+    def abort(self) -> None:
+        """Remove what was written; the target stays as it was."""
+        if self._committed:
+            self._close()
+            return
+        self.give_up()
+        if self._flusher:
+            with contextlib.suppress(OSError):
+                self._flusher.stop()
+        if WINDOWS:
+            self._close()
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
+        self._close()
+
+    def _close(self) -> None:
+        descriptor, self._file.descriptor = self._file.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._fault(error) from error
+
+    def _fault(self, error: OSError) -> EnvironmentFault:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = free_bytes(self.target.parent)
+            return DiskFull(
+                f"The disk or quota ran full: {self.length:,} bytes ({size(self.length)}) needed, "
+                f"{free:,} bytes ({size(free)}) free. Nothing was left behind.",
+                file=self.target,
+                hint="free some space, or write to another disk (--output-root)",
+            )
+        return NotWritable(f"Writing failed: {error.strerror or error}.", file=self.target, hint="check the disk")
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.abort()
+
+
+class _Flusher:
+    """Flushes behind the writers, so that the last sync has little left to do.
+
+    A write error that the kernel reports to a flush is reported once only: it is kept and raised
+    by `stop()`.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._stop = threading.Event()
+        self._error: OSError | None = None
+        self._thread: threading.Thread | None = None
+        if hasattr(os, "fdatasync"):
+            self._thread = threading.Thread(target=self._run, name="flusher", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(FLUSH_INTERVAL):
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                self._error = error
+                return
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        if self._error:
+            raise self._error
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that killed runs left in a folder; those of live runs stay."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                continue
+            descriptor = os.open(path, _WRITE_FLAGS)
+            try:
+                if _lock(descriptor) and _is_still(path, descriptor):
+                    _unlink_stale(path, descriptor)
+            finally:
+                if not WINDOWS:
+                    os.close(descriptor)
+
+
+def _unlink_stale(path: Path, descriptor: int) -> None:
+    if WINDOWS:
+        os.close(descriptor)
+    path.unlink()
+
+
+def _temporary_name(name: str) -> str:
+    full = f".{name}{TEMPORARY_SUFFIX}"
+    if len(os.fsencode(full)) <= LONGEST_NAME:
+        return full
+    return f".{hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()}{TEMPORARY_SUFFIX}"
+
+
+def _claim(temporary: Path, target: Path) -> int:
+    """Create and lock the temporary file; a live one of another run raises TargetLocked."""
+    for _ in range(CLAIM_TRIES):
+        try:
+            descriptor = os.open(temporary, _WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)  # mode by umask
+        except FileExistsError:
+            break
+        # Between creating and locking, another run's sweep may take it for a leftover: try again.
+        if _lock(descriptor) is not False and _is_still(temporary, descriptor):
+            return descriptor
+        os.close(descriptor)
+    raise TargetLocked(
+        "Another run is writing this file.",
+        file=target,
+        hint=f"wait for it; if none is running, delete {shown(temporary.name)} in that folder",
+    )
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Take the file's lock without waiting; released when the descriptor closes, or by death.
+
+    True: taken. False: another process has it. None: this file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return _lock_on_windows(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _lock_on_windows(descriptor: int) -> bool:
+    import msvcrt
+
+    try:
+        os.lseek(descriptor, 1 << 40, os.SEEK_SET)  # a byte past the data: locked bytes cannot be read
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        return False
+    return True
+
+
+def _preallocate(descriptor: int, length: int) -> None:
+    """Reserve the room, so that a full disk or quota shows before any work is done."""
+    if length and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, length)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, length)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut. Windows has no such call and needs none."""
+    if WINDOWS:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,150 @@
+"""From a recipe to a plan: headers are read, every output tensor's place and making is known.
+
+Owns the order of the checks. Must not read weights (but for a glance at VAEs), compute, or write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mergekit_sd.architectures import detect
+from mergekit_sd.errors import UsageError
+from mergekit_sd.formats.dtypes import Dtype
+from mergekit_sd.formats.hashing import FileHashes
+from mergekit_sd.formats.header import Header, build_header
+from mergekit_sd.formats.open import open_model
+from mergekit_sd.formats.tensor import TensorInfo
+from mergekit_sd.formats.writing import check_folder
+from mergekit_sd.plan.expression import Constant, Expression, Read, inputs_of
+from mergekit_sd.plan.metadata import build_metadata
+from mergekit_sd.plan.models import Model, StepReport, apply_step, model_of_file
+from mergekit_sd.plan.outputs import Draft, draft_tensors
+from mergekit_sd.plan.paths import check_apart, check_new, resolve_inputs, resolve_outputs
+from mergekit_sd.plan.prediction import file_prediction, output_prediction
+from mergekit_sd.plan.vae import mixed_vaes
+from mergekit_sd.plan.values import How, Input, MetadataStyle, Plan, PlannedOutput, PlannedTensor
+from mergekit_sd.recipe.graph import reachable
+from mergekit_sd.recipe.load import Recipe
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is said beside the recipe. `anywhere`: outputs may lie outside the allowed folders."""
+
+    output_root: Path | None = None
+    anywhere: bool = False
+    metadata: MetadataStyle = "full"
+    outputs: tuple[str, ...] = ()
+    """The outputs to make; empty: all of them."""
+
+
+def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
+    """Plan the outputs of a recipe. Raises every error that can be told from headers alone."""
+    names = list(options.outputs or recipe.outputs)
+    if not names:
+        raise recipe.error("There is nothing to make: the recipe has no [outputs].", (), hint="add [outputs.NAME]")
+    used = reachable(recipe, names)
+    paths = resolve_inputs(recipe, used.models)
+    targets = resolve_outputs(recipe, names, options.output_root, options.anywhere)
+    check_apart(recipe, paths, targets)
+    inputs = _open_inputs(paths)
+    models, steps, mixed = _follow_steps(recipe, used.steps, inputs)
+    outputs = tuple(_plan_output(recipe, name, targets[name], models, inputs) for name in names)
+    unbaked = reachable(recipe, [name for name in names if not recipe.outputs[name].vae]).steps
+    warnings = (*recipe.warnings, *(text for step, text in mixed.items() if step in unbaked))
+    plan = Plan(recipe, tuple(inputs.values()), tuple(steps), outputs, warnings, options.metadata)
+    return replace(plan, outputs=tuple(place_output(plan, output, {}) for output in plan.outputs))
+
+
+def check_targets(plan: Plan, force: bool) -> None:
+    """The disk's side of a plan: nothing is overwritten unasked, the folders are there, the room suffices."""
+    check_new({output.name: output.path for output in plan.outputs}, force)
+    needed: dict[Path, int] = {}
+    for output in plan.outputs:
+        if output.path.is_dir():
+            raise UsageError(f'The output "{output.name}" is a folder.', file=output.path, hint="name a file in it")
+        folder = output.path.resolve().parent
+        needed[folder] = needed.get(folder, 0) + output.size
+    for folder, size in needed.items():
+        check_folder(folder, size)
+
+
+def layout_output(
+    plan: Plan, output: PlannedOutput, content: Mapping[int, str], files: Mapping[int, FileHashes]
+) -> Header:
+    """The output's header with the hashes known so far; its length does not depend on them."""
+    entries = [(t.info.name, t.info.dtype, t.info.shape) for t in output.tensors]
+    return build_header(entries, build_metadata(plan, output, content, files))
+
+
+def _open_inputs(paths: Mapping[str, Path]) -> dict[str, Input]:
+    opened: dict[Path, Input] = {}
+    inputs = {}
+    for name, path in paths.items():
+        if path not in opened:
+            file = open_model(path)
+            layout = detect(file.tensors)
+            opened[path] = Input(name, file, layout, file_prediction(file, layout))
+        inputs[name] = replace(opened[path], name=name)
+    return inputs
+
+
+def _follow_steps(
+    recipe: Recipe, steps: Sequence[str], inputs: Mapping[str, Input]
+) -> tuple[dict[str, Model], list[StepReport], dict[str, str]]:
+    """Every model and step by name; the steps' reports; a warning for each step that mixes VAEs."""
+    models = {
+        name: model_of_file(number, recipe.models[name], each.file, each.layout)
+        for number, (name, each) in enumerate(inputs.items())
+    }
+    reports = []
+    mixed: dict[str, str] = {}
+    for name in steps:
+        step = recipe.steps[name]
+        operands = {operand.name: models[step.operands[operand.name]] for operand in step.operation.operands}
+        models[name], report = apply_step(step, operands)
+        reports.append(report)
+        pair = mixed_vaes(models[name], step.operation.mixed_operands, operands, list(inputs.values()))
+        if pair:
+            mixed[name] = (
+                f'step "{name}" mixes the different VAEs of "{pair[0]}" and "{pair[1]}", which can turn pictures '
+                'grey: keep one with vae = 0 in its weights, or bake one with vae = "…" in the output'
+            )
+    return models, reports, mixed
+
+
+def _plan_output(
+    recipe: Recipe, name: str, path: Path, models: Mapping[str, Model], inputs: Mapping[str, Input]
+) -> PlannedOutput:
+    """An output with all but offsets: those need the header's length, which needs every output's reads."""
+    spec = recipe.outputs[name]
+    model = models[spec.model]
+    drafts, dropped = draft_tensors(recipe, spec, model, models[spec.vae] if spec.vae else None)
+    tensors = tuple(
+        _planned(name, draft, TensorInfo(name, draft.dtype, draft.expression.shape, 0, 0))
+        for name, draft in drafts.items()
+    )
+    unets = {n for t in tensors if t.component == "unet" for n in inputs_of(t.expression)}
+    prediction = output_prediction(recipe, spec, [each for n, each in enumerate(inputs.values()) if n in unets])
+    return PlannedOutput(spec, path, 0, model.layout, prediction, tensors, dropped)
+
+
+def _planned(name: str, draft: Draft, info: TensorInfo) -> PlannedTensor:
+    return PlannedTensor(info, _how(draft.expression, draft.dtype), draft.expression, draft.place.component)
+
+
+def _how(expression: Expression, dtype: Dtype) -> How:
+    if isinstance(expression, Constant):
+        return "constant"
+    if isinstance(expression, Read):
+        return "copied" if expression.dtype == dtype else "cast"
+    return "merged"
+
+
+def place_output(plan: Plan, output: PlannedOutput, files: Mapping[int, FileHashes]) -> PlannedOutput:
+    """The output with every tensor at its offset. `files`: the file hashes that its metadata will hold."""
+    header = layout_output(plan, output, {}, files)
+    tensors = tuple(replace(tensor, info=header.tensors[tensor.info.name]) for tensor in output.tensors)
+    return replace(output, tensors=tensors, size=header.size)

@@ -1,0 +1,163 @@
+"""What an output file says of itself: ModelSpec, our recipe, and A1111's merge record on request.
+
+Owns the metadata's content. Every hash in it has a fixed width, so that the header's length is
+known before the hashes are. No path of this machine and no name of the output gets in: the same
+recipe and inputs give the same bytes wherever they lie.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from mergekit_sd.formats.hashing import FileHashes
+from mergekit_sd.plan.values import Plan, PlannedOutput
+from mergekit_sd.recipe.graph import reachable
+from mergekit_sd.recipe.load import Recipe
+
+RECIPE_KEY = "mergekit_sd.recipe"
+NO_CONTENT_HASH = "0" * 32
+NO_SHA256 = "0" * 64
+IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+A1111_METHODS = {"weighted_sum": "Weighted sum", "add_difference": "Add difference"}
+
+
+def build_metadata(
+    plan: Plan, output: PlannedOutput, content: Mapping[int, str], files: Mapping[int, FileHashes]
+) -> dict[str, str]:
+    """The metadata of an output, given each input's content hash (and file hashes for A1111's).
+
+    Inputs whose hash is not known yet get a placeholder of the same width.
+    """
+    metadata = {"format": "pt"}
+    if plan.metadata == "none":
+        return metadata
+    metadata |= _modelspec(plan, output)
+    metadata[RECIPE_KEY] = canonical_json(recipe_of_output(plan, output, content))
+    if plan.metadata == "webui":
+        metadata |= _a1111(plan, output, files)
+    return metadata
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no blanks: one spelling for one value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    raise TypeError(type(value).__name__)
+
+
+def portable(file: str) -> str:
+    """A recipe's path without this machine's folders: an absolute one keeps its name only."""
+    if PurePosixPath(file).is_absolute() or PureWindowsPath(file).is_absolute():
+        return PureWindowsPath(file).name
+    return file
+
+
+def recipe_of_output(plan: Plan, output: PlannedOutput, content: Mapping[int, str]) -> dict[str, Any]:
+    """The part of the recipe that this output is made by, as plain data.
+
+    Each model carries the content hash of what was used of it; the output carries no file name.
+    """
+    recipe = plan.recipe
+    used = reachable(recipe, [output.name])
+    data: dict[str, Any] = {"recipe": 1}
+    for key in ("title", "seed", "date"):
+        if key in recipe.data:
+            data[key] = recipe.data[key]
+    numbers = {each.name: number for number, each in enumerate(plan.inputs)}
+    data["models"] = {name: _model(recipe, name, content.get(numbers[name])) for name in used.models}
+    if used.steps:
+        data["steps"] = {name: recipe.data["steps"][name] for name in used.steps}
+    entry = recipe.data["outputs"][output.name]
+    data["outputs"] = {output.name: {key: value for key, value in entry.items() if key != "file"}}
+    return data
+
+
+def _model(recipe: Recipe, name: str, content: str | None) -> dict[str, Any]:
+    reference = recipe.models[name]
+    entry = {"file": portable(reference.file), "content": content or NO_CONTENT_HASH}
+    if reference.weights != "file":
+        entry["weights"] = reference.weights
+    if reference.sha256:
+        entry["sha256"] = reference.sha256
+    return entry
+
+
+def _modelspec(plan: Plan, output: PlannedOutput) -> dict[str, str]:
+    """ModelSpec 1.0.1; a parent's title or hashes are never inherited. Unknown layouts get none."""
+    architecture = output.layout.architecture
+    if architecture is None:
+        return {}
+    used = sorted(output.reads())
+    fields = {
+        "sai_model_spec": "1.0.1",
+        "architecture": architecture.modelspec,
+        "implementation": IMPLEMENTATION,
+        "title": plan.recipe.title or output.name,
+        "resolution": f"{architecture.resolution}x{architecture.resolution}",
+        "merged_from": ", ".join(PureWindowsPath(plan.recipe.models[plan.inputs[n].name].file).name for n in used),
+    }
+    if output.prediction:
+        fields["prediction_type"] = output.prediction
+    if plan.recipe.date:
+        fields["date"] = str(plan.recipe.date)
+    return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+def _a1111(plan: Plan, output: PlannedOutput, files: Mapping[int, FileHashes]) -> dict[str, str]:
+    """`sd_merge_recipe` and `sd_merge_models` as the WebUI's checkpoint merger writes them."""
+    used = reachable(plan.recipe, [output.name])
+    steps = [plan.recipe.data["steps"][name] for name in used.steps]
+    numbers = [number for number, each in enumerate(plan.inputs) if each.name in used.models]
+    if len(steps) == 1:  # A1111's own order: primary, secondary, tertiary
+        by_name = {plan.inputs[number].name: number for number in numbers}
+        operands = [by_name[steps[0][key]] for key in ("a", "b", "c") if steps[0].get(key) in by_name]
+        numbers = operands + [number for number in numbers if number not in operands]
+    hashes = [files[number].sha256 if number in files else NO_SHA256 for number in numbers]
+    alpha = steps[0].get("alpha", 0.5) if len(steps) == 1 else None
+    vae = output.spec.vae
+    channels = output.layout.architecture.name if output.layout.architecture else ""
+    recipe = {
+        "type": "mergekit-sd",
+        "primary_model_hash": hashes[0] if hashes else None,
+        "secondary_model_hash": hashes[1] if len(hashes) > 1 else None,
+        "tertiary_model_hash": hashes[2] if len(hashes) > 2 else None,
+        "interp_method": " > ".join(A1111_METHODS.get(step["op"], step["op"]) for step in steps) or "No interpolation",
+        "multiplier": alpha if isinstance(alpha, float | int) else None,
+        "save_as_half": output.spec.dtype_of("unet") == "fp16",
+        "custom_name": plan.recipe.title or output.name,
+        "config_source": 0,
+        "bake_in_vae": portable(plan.recipe.models[vae].file) if vae in plan.recipe.models else "None",
+        "discard_weights": "",
+        "is_inpainting": channels.endswith("inpainting"),
+        "is_instruct_pix2pix": channels.endswith("pix2pix"),
+    }
+    models: dict[str, Any] = {}
+    for number, sha256 in zip(numbers, hashes, strict=True):
+        models |= _parent(plan, number, sha256, files.get(number))
+    return {"sd_merge_recipe": canonical_json(recipe), "sd_merge_models": canonical_json(models)}
+
+
+def _parent(plan: Plan, number: int, sha256: str, hashes: FileHashes | None) -> dict[str, Any]:
+    source = plan.inputs[number]
+    recipe, models = (_parsed(source.file.metadata.get(key)) for key in ("sd_merge_recipe", "sd_merge_models"))
+    entry = {
+        "name": portable(plan.recipe.models[source.name].file),
+        "legacy_hash": hashes.auto_v1 if hashes else "0" * 8,
+        "sd_merge_recipe": recipe,
+    }
+    return {**(models if isinstance(models, dict) else {}), sha256: entry}
+
+
+def _parsed(text: str | None) -> Any:
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return None

@@ -1,0 +1,290 @@
+"""A recipe, loaded: text and `--set` in, one frozen value out that is valid by construction.
+
+Owns the value `Recipe` and how overrides are laid over a recipe's data. Must not open a model, look
+for files on disk, or know what a plan is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mergekit_sd.errors import RecipeError
+from mergekit_sd.operations import OPERATIONS, Operation
+from mergekit_sd.recipe.graph import check_names
+from mergekit_sd.recipe.positions import KeyPath, Positions, Where, dotted
+from mergekit_sd.recipe.read import read_document
+from mergekit_sd.recipe.schema import (
+    DtypeEntry,
+    Form,
+    ModelEntry,
+    OutputEntry,
+    RecipeFile,
+    SampleEntry,
+    Table,
+    check_form,
+)
+from mergekit_sd.recipe.weights import BlockWeights, parse_weights
+from mergekit_sd.text import did_you_mean, shown
+
+DEEPEST = 64
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """An input file as the recipe names it; `file` is not looked for here."""
+
+    name: str
+    file: str
+    sha256: str | None = None
+    weights: Literal["file", "ema"] = "file"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on models and steps; operands and parameters are in the operation's order."""
+
+    name: str
+    operation: Operation
+    operands: dict[str, str]
+    parameters: dict[str, BlockWeights]
+    extrapolate: bool = False
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """A file to write. `dtype` maps "default" and, where told apart, components to dtype names."""
+
+    name: str
+    model: str
+    file: str
+    dtype: dict[str, str] = field(default_factory=lambda: {"default": "fp16"})
+    overflow: Literal["error", "clamp"] = "error"
+    vae: str | None = None
+    junk: Literal["drop", "keep"] = "drop"
+    ema: Literal["drop", "keep"] = "drop"
+    position_ids: Literal["reset", "keep"] = "reset"
+    prediction: Literal["epsilon", "v"] | None = None
+
+    def dtype_of(self, component: str | None) -> str:
+        """The dtype's name ("fp16", …, "keep") for tensors of a component, or of none."""
+        return self.dtype.get(component or "default", self.dtype["default"])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Validation pictures; `size` None: the model's own."""
+
+    of: tuple[str, ...]
+    prompt: str
+    negative: str
+    seeds: tuple[int, ...]
+    steps: int
+    cfg: float
+    sampler: str
+    size: tuple[int, int] | None
+    clip_skip: int | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe in which every key, name, number and space has been checked."""
+
+    path: Path | None
+    folder: Path
+    title: str | None
+    seed: int
+    date: datetime.date | None
+    models: dict[str, ModelRef]
+    steps: dict[str, Step]
+    outputs: dict[str, OutputSpec]
+    samples: tuple[Sample, ...]
+    data: dict[str, Any] = field(repr=False)
+    """The plain parsed TOML, overrides applied."""
+    positions: Positions = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+    def where(self, *path: str | int) -> Where:
+        """A place in this recipe."""
+        return Where(str(self.path) if self.path else None, path, self.positions)
+
+    def error(self, message: str, path: KeyPath = (), *, hint: str | None = None) -> RecipeError:
+        """A refusal that points into the recipe."""
+        return self.where(*path).error(message, hint=hint)
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, object] = {}) -> Recipe:
+    """Read and check a recipe file; `overrides` maps dotted paths to values (`--set`)."""
+    path = Path(path)
+    data, positions = read_document(path)
+    data, replaced = apply_overrides(data, overrides)
+    return recipe_from_data(data, folder=path.parent, path=path, positions=positions.replacing(replaced))
+
+
+def recipe_from_data(
+    data: Mapping[str, Any], *, folder: Path, path: Path | None = None, positions: Positions | None = None
+) -> Recipe:
+    """Check a recipe given as plain data; `folder` is what its paths are relative to."""
+    where = Where(str(path) if path else None, (), positions or Positions())
+    plain: dict[str, Any] = _plain(data, where)
+    form = check_form(plain, where)
+    file = form.file
+    recipe = Recipe(
+        path=path,
+        folder=folder,
+        title=file.title,
+        seed=file.seed,
+        date=file.date,
+        models={name: _model(name, entry) for name, entry in file.models.items()},
+        steps=_steps(form, plain, where),
+        outputs={name: _output(name, entry) for name, entry in file.outputs.items()},
+        samples=tuple(_sample(entry) for entry in file.samples),
+        data=plain,
+        positions=where.positions,
+    )
+    return replace(recipe, warnings=check_names(recipe))
+
+
+def _plain(value: Any, where: Where) -> Any:
+    """A copy of nothing but dicts and lists, so that no caller can change it afterwards."""
+    if len(where.path) > DEEPEST:
+        raise replace(where, path=where.path[:8]).error("The recipe is nested too deeply.")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each, where.at(str(key))) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, where.at(index)) for index, each in enumerate(value)]
+    return value
+
+
+def _model(name: str, entry: str | ModelEntry) -> ModelRef:
+    if isinstance(entry, str):
+        return ModelRef(name, entry)
+    return ModelRef(name, entry.file, entry.sha256, entry.weights)
+
+
+def _steps(form: Form, data: Mapping[str, Any], where: Where) -> dict[str, Step]:
+    return {
+        name: _step(name, table, data["steps"][name], where.at("steps", name)) for name, table in form.steps.items()
+    }
+
+
+def _step(name: str, table: Table, written: Mapping[str, Any], where: Where) -> Step:
+    operation = OPERATIONS[written["op"]]
+    values = {key: getattr(table, key) for key in type(table).model_fields}
+    extrapolate: bool = values["extrapolate"]
+    parameters = {}
+    for each in operation.parameters:
+        place, value = where.at(each.name), values[each.name]
+        parameters[each.name] = parse_weights(value, where=place, low=each.low, high=each.high, extrapolate=extrapolate)
+    operands = {operand.name: values[operand.name] for operand in operation.operands}
+    return Step(name, operation, operands, parameters, extrapolate)
+
+
+def _output(name: str, entry: OutputEntry) -> OutputSpec:
+    dtype = entry.dtype
+    by_part = dtype.model_dump(exclude_none=True) if isinstance(dtype, DtypeEntry) else {"default": dtype}
+    return OutputSpec(name, dtype=by_part, **entry.model_dump(exclude={"dtype"}))
+
+
+def _sample(entry: SampleEntry) -> Sample:
+    values = entry.model_dump()
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return Sample(**{**values, **lists})
+
+
+# --- overrides --------------------------------------------------------------------------------------
+
+_PART = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[^."']*)\s*(\.|$)""")
+_NAMED = {"models": "model", "steps": "step", "outputs": "output"}
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, object]) -> tuple[dict[str, Any], list[KeyPath]]:
+    """The data with each dotted path set, and the paths; the data given is left alone."""
+    changed: dict[str, Any] = _plain(data, Where())
+    paths: list[KeyPath] = []
+    for key, value in overrides.items():
+        path = _override_path(changed, key)
+        _put(changed, path, _override_value(value, key), key)
+        paths.append(path)
+    return changed, paths
+
+
+def _override_path(data: Mapping[str, Any], key: str) -> KeyPath:
+    parts = _split(key)
+    if parts[0] not in RecipeFile.model_fields:
+        raise _bad(key, f'"{shown(parts[0])}" is no key of a recipe.', did_you_mean(parts[0], RecipeFile.model_fields))
+    table = data.get(parts[0], {})
+    if parts[0] in _NAMED:
+        if len(parts) == 1 or not isinstance(table, Mapping) or parts[1] not in table:
+            name = parts[1] if len(parts) > 1 else ""
+            hint = did_you_mean(name, table) if isinstance(table, Mapping) else None
+            raise _bad(key, f'There is no {_NAMED[parts[0]]} "{shown(name)}".', hint)
+        if parts[0] == "steps" and len(parts) > 4:  # alpha.OUT05.attn2: one selector, whose quotes the shell took
+            return (*parts[:3], ".".join(parts[3:]))
+        return tuple(parts)
+    if parts[0] == "samples" and len(parts) > 1:
+        if not parts[1].isdecimal() or int(parts[1][:9]) >= len(table):
+            raise _bad(key, f"There is no sample {shown(parts[1])}.", f"samples.0 to samples.{max(len(table) - 1, 0)}")
+        return ("samples", int(parts[1]), *parts[2:])
+    return tuple(parts)
+
+
+def _split(key: str) -> list[str]:
+    parts, here = [], 0
+    while True:
+        match = _PART.match(key, here)
+        text = match[1].strip() if match else ""
+        if not match or not text:
+            raise _bad(key, "This is no dotted path.", "write --set steps.NAME.alpha=0.4")
+        quoted = text[0] in "\"'"
+        parts.append(text[1:-1] if quoted else text)
+        here = match.end()
+        if not match[2]:
+            return parts
+
+
+def _override_value(value: object, key: str) -> object:
+    """Text as a TOML value; a bare word is text. What is not text is taken as it is."""
+    if not isinstance(value, str):
+        return _plain(value, Where("--set", tuple(_split(key))))
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        if value[:1] in tuple("\"'{"):
+            raise _bad(key, f"The value {shown(value[:60])} is not TOML.", "quote it as TOML does") from None
+        return value
+    return parsed["value"] if list(parsed) == ["value"] else value
+
+
+def _put(data: dict[str, Any], path: KeyPath, value: object, key: str) -> None:
+    node: Any = data
+    part: Any
+    for number, part in enumerate(path[:-1], 1):
+        inner = node.get(part, {}) if isinstance(node, dict) else node[part]
+        if not isinstance(inner, dict | list):
+            inner = _widened(inner, path[:number], key)
+        node[part] = inner
+        node = inner
+    if not isinstance(node, dict):
+        raise _bad(key, f"{dotted(path[:-1])} is a list; it has no keys.", "give the whole list")
+    node[path[-1]] = value
+
+
+def _widened(value: object, path: KeyPath, key: str) -> dict[str, object]:
+    """The table that a short form stands for, so that one key of it can be set."""
+    if path[0] == "models" and len(path) == 2:
+        return {"file": value}
+    if path[0] == "steps" and len(path) == 3 and path[2] != "op":
+        return {"preset" if isinstance(value, str) else "default": value}
+    if path[0] == "outputs" and path[2:] == ("dtype",):
+        return {"default": value}
+    raise _bad(key, f"{dotted(path)} is no table; it has no keys.", None)
+
+
+def _bad(key: str, message: str, hint: str | None) -> RecipeError:
+    return RecipeError(message, file="--set", key=shown(key), hint=hint)
