@@ -47,7 +47,6 @@ class Progressed(Event):
 
     kind: ClassVar[str] = "progress"
     output: str
-    phase: str
     done: int
     bytes: int
     seconds: float

@@ -69,13 +69,16 @@ def test_seven_bytes(file, content):
 @pytest.mark.parametrize("length", [100, 99_999_999, 100_000_000, 100_000_001, 2**40, 2**63, 2**64 - 1])
 def test_header_length_past_the_end_or_above_the_limit(file, length, rest):
     file.write_bytes(length.to_bytes(8, "little") + rest)
+    times = []
+    for _ in range(3):  # the best of three: a busy machine is not what is tested
+        begin = time.perf_counter()
+        refuse(file)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.05
     tracemalloc.start()
-    begin = time.perf_counter()
     error = refuse(file)
-    took = time.perf_counter() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert took < 0.05
     assert peak < 1 << 20
     assert f"{length:,} bytes" in error.message
     assert ("100,000,000 is the most" if length > 100_000_000 else "cut short") in error.message

@@ -1,0 +1,1 @@
+"""From a plan to files, in one streaming pass per output."""

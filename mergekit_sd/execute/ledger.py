@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import xxhash
@@ -45,12 +46,34 @@ class Finding:
     largest: float = 0.0
 
 
-class Ledger:
-    """The notes of one output's pass."""
+class Leaves:
+    """The leaf hashes of tensors, by a source's number and the tensor's name."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._leaves: dict[tuple[int | None, str], dict[int, list[bytes]]] = defaultdict(dict)
+        self._found: dict[tuple[int, str], dict[int, bytes]] = defaultdict(dict)
+
+    def keep(self, source: int, tensor: str, start: int, digests: list[bytes]) -> None:
+        """The leaves of a tensor from byte `start` on, which begins a leaf; from any thread."""
+        with self._lock:
+            self._found[source, tensor].update(enumerate(digests, start // LEAF))
+
+    def content_hash(self, source: int, tensors: Mapping[str, TensorInfo]) -> str:
+        """The content hash of some tensors of one source, all of whose leaves have been kept."""
+        entries = []
+        for name, tensor in tensors.items():
+            leaves = self._found.get((source, name), {})
+            entries.append((name, tensor.dtype.name, tensor.shape, [leaves[index] for index in sorted(leaves)]))
+        return content_hash(entries)
+
+
+class Ledger:
+    """The notes of one output's pass. `read`: the leaves of inputs, by number; `made`: the output's, as source 0."""
+
+    def __init__(self, read: Leaves) -> None:
+        self._lock = threading.Lock()
+        self.read = read
+        self.made = Leaves()
         self.nonfinite: dict[str, Finding] = defaultdict(Finding)
         self.overflow: dict[str, Finding] = defaultdict(Finding)
         self.clamped: dict[str, Finding] = defaultdict(Finding)
@@ -61,11 +84,6 @@ class Ledger:
         with self._lock:
             self.done += nbytes
 
-    def keep_leaves(self, source: int | None, tensor: str, start: int, digests: list[bytes]) -> None:
-        """Leaf hashes of a tensor of input number `source` (None: of the output) from byte `start` on."""
-        with self._lock:
-            self._leaves[source, tensor][start] = digests
-
     def note(self, findings: dict[str, Finding], tensor: str, elements: int, largest: float) -> None:
         """Add to what was found of a tensor."""
         if elements:
@@ -73,15 +91,6 @@ class Ledger:
                 finding = findings[tensor]
                 finding.elements += elements
                 finding.largest = max(finding.largest, largest)
-
-    def content_hash(self, source: int | None, tensors: dict[str, TensorInfo]) -> str:
-        """The content hash of the tensors of an input, or of the output, from the leaves that passed."""
-        entries = []
-        for name, tensor in tensors.items():
-            parts = self._leaves.get((source, name), {})
-            digests = [digest for start in sorted(parts) for digest in parts[start]]
-            entries.append((name, tensor.dtype.name, tensor.shape, digests))
-        return content_hash(entries)
 
     def check(self, output: str, allow_nonfinite: bool) -> None:
         """Raises NonFiniteResult or DtypeOverflow, listing every tensor."""

@@ -10,20 +10,21 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mergekit_sd.errors import Cancelled, PinMismatch
 from mergekit_sd.events import CancelToken, Listener, Noted, OutputFinished, OutputStarted, Progressed, ignore
-from mergekit_sd.execute.ledger import Ledger
+from mergekit_sd.execute.ledger import Leaves, Ledger
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
 from mergekit_sd.execute.worker import Sink, Worker
 from mergekit_sd.formats.hashing import FileHashes, default_threads, file_hashes
 from mergekit_sd.formats.reading import InputFile
+from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import OutputFile
 from mergekit_sd.lazy import torch
 from mergekit_sd.plan.build import check_targets, layout_output, place_output
-from mergekit_sd.plan.values import Plan, PlannedOutput
+from mergekit_sd.plan.values import How, Plan, PlannedOutput
 
 MEMORY_BUDGET = 64 * 1024 * 1024
 TICK = 0.1  # seconds between progress events
@@ -56,11 +57,23 @@ class OutputReport:
     bytes: int
     content_hash: str | None
     inputs: Mapping[str, str]
-    counts: Mapping[str, int]
+    counts: Mapping[How, int]
     dropped: Mapping[str, int]
     clamped: Mapping[str, int]
     nonfinite: Mapping[str, int]
     seconds: float
+
+    def as_json(self) -> dict[str, object]:
+        """The report as plain data."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run made, and the content hash of what it used of each model (empty without hashing)."""
+
+    outputs: tuple[OutputReport, ...]
+    inputs: Mapping[str, str]
 
 
 def execute(
@@ -68,13 +81,34 @@ def execute(
     options: RunOptions = RunOptions(),
     on_event: Listener = ignore,
     cancel: CancelToken | None = None,
-) -> list[OutputReport]:
-    """Make every output of a plan. Raises what `check_targets` and `write_output` raise."""
+) -> Made:
+    """Make every output of a plan, one after the other, each appearing as it is done."""
     check_targets(plan, options.force)
-    files = check_pins(plan)
+    run = _Run(plan, options, check_pins(plan), Leaves(), on_event, cancel or CancelToken())
     for warning in plan.warnings:
         on_event(Noted(warning))
-    return [write_output(plan, output, options, files, on_event, cancel or CancelToken()) for output in plan.outputs]
+    reports = tuple(write_output(run, output) for output in plan.outputs)
+    return Made(reports, run.input_hashes(plan.outputs) if options.hashing else {})
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all passes of a run share."""
+
+    plan: Plan
+    options: RunOptions
+    files: Mapping[int, FileHashes]
+    leaves: Leaves
+    on_event: Listener
+    cancel: CancelToken
+
+    def input_hashes(self, outputs: Sequence[PlannedOutput]) -> dict[str, str]:
+        """The content hash of what these outputs use of each model, once they are computed."""
+        used: dict[int, dict[str, TensorInfo]] = {}
+        for output in outputs:
+            for number, reads in output.reads().items():
+                used.setdefault(number, {}).update({name: read.tensor for name, read in reads.items()})
+        return {self.plan.inputs[n].name: self.leaves.content_hash(n, used[n]) for n in sorted(used)}
 
 
 def check_pins(plan: Plan) -> dict[int, FileHashes]:
@@ -97,67 +131,49 @@ def check_pins(plan: Plan) -> dict[int, FileHashes]:
     return files
 
 
-def write_output(
-    plan: Plan,
-    output: PlannedOutput,
-    options: RunOptions,
-    files: Mapping[int, FileHashes],
-    on_event: Listener,
-    cancel: CancelToken,
-) -> OutputReport:
+def write_output(run: _Run, output: PlannedOutput) -> OutputReport:
     """One pass: the finished file stands under its name, or nothing has changed."""
-    output = place_output(plan, output, files)
+    output = place_output(run.plan, output, run.files)
     torch.float32  # noqa: B018  import torch before a temporary file exists: Ctrl-C may cut it short
     begun = time.monotonic()
-    on_event(OutputStarted(output.name, str(output.path), output.size))
-    with cancel.guarded(), OutputFile(output.path, output.size) as target:
-        report = stream(plan, output, target, options, files, on_event, cancel)
-        _wait([target.sync], lambda: None, cancel, target.give_up)
+    run.on_event(OutputStarted(output.name, str(output.path), output.size))
+    with run.cancel.guarded(), OutputFile(output.path, output.size) as target:
+        report = stream(run, output, target)
+        _wait([target.sync], lambda: None, run.cancel, target.give_up)
         target.commit()
     seconds = time.monotonic() - begun
-    on_event(OutputFinished(output.name, str(output.path), output.size, report.content_hash, seconds))
-    return report
+    run.on_event(OutputFinished(output.name, str(output.path), output.size, report.content_hash, seconds))
+    return replace(report, seconds=seconds)
 
 
-def stream(
-    plan: Plan,
-    output: PlannedOutput,
-    sink: Sink,
-    options: RunOptions,
-    files: Mapping[int, FileHashes],
-    on_event: Listener,
-    cancel: CancelToken,
-) -> OutputReport:
-    """Compute a placed output into a sink, header last (it holds the hashes). Raises on findings."""
+def stream(run: _Run, output: PlannedOutput, sink: Sink) -> OutputReport:
+    """Compute a placed output into a sink, the header last (it holds hashes). Raises on findings."""
     begun = time.monotonic()
-    ledger = Ledger()
+    ledger = Ledger(run.leaves)
 
     def tell() -> None:
-        seconds = time.monotonic() - begun
-        on_event(Progressed(output.name, "merging", ledger.done, output.size, seconds))
+        run.on_event(Progressed(output.name, ledger.done, output.size, time.monotonic() - begun))
 
-    with _opened(plan) as inputs:
-        _work(output, inputs, sink, ledger, options, tell, cancel)
+    with _opened(run.plan) as inputs:
+        _work(output, inputs, sink, ledger, run, tell)
         for source in inputs:
             source.check_unchanged()
-    ledger.check(output.name, options.allow_nonfinite)
-    content: dict[int, str] = {}
-    made = None
-    if options.hashing:
-        reads = output.reads()
-        content = {n: ledger.content_hash(n, {k: r.tensor for k, r in reads[n].items()}) for n in sorted(reads)}
-        made = ledger.content_hash(None, {tensor.info.name: tensor.info for tensor in output.tensors})
-    by_name = {plan.inputs[number].name: digest for number, digest in content.items()}
-    _check_locked(output.name, made, by_name, options)
-    sink.write(memoryview(layout_output(plan, output, content, files).raw), 0)
+    ledger.check(output.name, run.options.allow_nonfinite)
+    content, made = {}, None
+    if run.options.hashing:
+        content = run.input_hashes([output])
+        made = ledger.made.content_hash(0, {tensor.info.name: tensor.info for tensor in output.tensors})
+        _check_locked(run, output, made)
+    by_number = {n: content[each.name] for n, each in enumerate(run.plan.inputs) if each.name in content}
+    sink.write(memoryview(layout_output(run.plan, output, by_number, run.files).raw), 0)
     tell()
     return OutputReport(
         output.name,
         output.path,
         output.size,
         made,
-        by_name,
-        {how: number for how, number in output.counted().items()},
+        content,
+        dict(output.counted()),
         {reason: len(names) for reason, names in output.dropped.items()},
         {name: finding.elements for name, finding in sorted(ledger.clamped.items())},
         {name: finding.elements for name, finding in sorted(ledger.nonfinite.items())},
@@ -165,18 +181,22 @@ def stream(
     )
 
 
-def _check_locked(output: str, made: str | None, inputs: Mapping[str, str], options: RunOptions) -> None:
-    for name, digest in inputs.items():
+def _check_locked(run: _Run, output: PlannedOutput, made: str) -> None:
+    """Before the rename: the output is the locked one, and with the last output, so are the inputs."""
+    options = run.options
+    if options.expected.get(output.name, made) != made:
+        raise PinMismatch(
+            f'The output "{output.name}" differs from its lock: its content hash is {made}.',
+            hint="run without --locked to make a new lock",
+        )
+    if not options.expected_inputs or output.name != run.plan.outputs[-1].name:
+        return
+    for name, digest in run.input_hashes(run.plan.outputs).items():
         if options.expected_inputs.get(name, digest) != digest:
             raise PinMismatch(
                 f'"{name}" is not the model that the lock pins: its content hash is {digest}.',
                 hint="find the model that was used, or run without --locked to make a new lock",
             )
-    if made and options.expected.get(output, made) != made:
-        raise PinMismatch(
-            f'The output "{output}" differs from its lock: its content hash is {made}.',
-            hint="run without --locked to make a new lock",
-        )
 
 
 @contextlib.contextmanager
@@ -208,9 +228,8 @@ def _work(
     inputs: Sequence[InputFile],
     sink: Sink,
     ledger: Ledger,
-    options: RunOptions,
+    run: _Run,
     tell: Callable[[], None],
-    cancel: CancelToken,
 ) -> None:
     """Do all tasks of an output on threads; the first error stops them all and is raised."""
     tasks = cut(output)
@@ -225,15 +244,15 @@ def _work(
         with lock:
             return next(tasks, None)
 
-    def run() -> None:
+    def work() -> None:
         torch.set_num_threads(1)  # of this thread only: the caller's setting stays
         clamp = output.spec.overflow == "clamp"
-        worker = Worker(inputs, sink, ledger, check, hashing=options.hashing, scan=options.scan, clamp=clamp)
+        worker = Worker(inputs, sink, ledger, check, hashing=run.options.hashing, scan=run.options.scan, clamp=clamp)
         while task := next_task():
             check()
             worker.do(task)
 
-    _wait([run] * thread_count(output, options), tell, cancel, stop.set)
+    _wait([work] * thread_count(output, run.options), tell, run.cancel, stop.set)
 
 
 def _wait(
@@ -247,20 +266,15 @@ def _wait(
     `hurry` makes the calls end early: it is called on the first error, and on cancellation.
     """
     errors: list[BaseException] = []
-
-    def guarded(call: Callable[[], None]) -> None:
-        try:
-            call()
-        except _Stopped:
-            pass
-        except BaseException as error:  # handed to the waiting thread, which raises it
-            errors.append(error)
-            hurry()
-
-    threads = [threading.Thread(target=guarded, args=(call,), name=f"merge-{n}") for n, call in enumerate(calls)]
+    threads = [
+        threading.Thread(target=_caught, args=(call, errors, hurry), name=f"merge-{number}")
+        for number, call in enumerate(calls)
+    ]
+    started = []
     try:
         for thread in threads:
             thread.start()
+            started.append(thread)
         for thread in threads:
             while thread.is_alive():
                 thread.join(TICK)
@@ -271,8 +285,18 @@ def _wait(
         hurry()
         raise
     finally:
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        for thread in started:
+            thread.join()
     if errors:
         raise errors[0]
+
+
+def _caught(call: Callable[[], None], errors: list[BaseException], hurry: Callable[[], None]) -> None:
+    """Make a call; its error is handed to the waiting thread, which raises it."""
+    try:
+        call()
+    except _Stopped:
+        pass
+    except BaseException as error:
+        errors.append(error)
+        hurry()

@@ -88,7 +88,7 @@ class Worker:
         assert isinstance(expression, Constant)
         data = memoryview(expression.data)[task.start : task.stop]
         self._emit(task.tensor, data, task.start, hasher := self._hasher())
-        self._keep(hasher, None, task.tensor.info.name, task.start)
+        self._keep_made(hasher, task.tensor, task.start)
 
     def _copy(self, task: Task) -> None:
         tensor, read = task.tensor, task.tensor.expression
@@ -112,8 +112,8 @@ class Worker:
                 values = self._raw.as_dtype(read.dtype)[:elements].to(torch.float32)
                 self._find_nonfinite(tensor, values)
             self._emit(tensor, data, start, hasher)
-        self._keep(hasher, None, tensor.info.name, task.start)
-        self._keep(hasher, read.input, read.tensor.name, task.start)
+        self._keep_made(hasher, tensor, task.start)
+        self._keep_read(hasher, read, task.start)
 
     # --- arithmetic ------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Worker:
             padded = -(-length // PAD) * PAD
             result = self._run(program, start, length, padded, hashers)
             self._store(tensor, result[:length], start, written)
-        self._finish(tensor, task.start, hashers, program, written)
+        self._finish(task, hashers, written)
 
     def _run(self, program: Program, start: int, length: int, padded: int, hashers: dict[int, Any]) -> Tensor:
         """Run an elementwise program on one chunk; the result has `padded` elements."""
@@ -159,7 +159,7 @@ class Worker:
         for start in range(0, tensor.info.numel, CHUNK):
             self._check()
             self._store(tensor, result[start : start + CHUNK], start, written)
-        self._finish(tensor, 0, hashers, program, written)
+        self._finish(task, hashers, written)
 
     def _whole_value(self, node: Expression, sources: list[Tensor], hashers: dict[int, Any]) -> Tensor:
         if isinstance(node, Read):
@@ -224,22 +224,21 @@ class Worker:
         self._sink.write(data, tensor.info.offset + start)
         self._ledger.advance(len(data))
 
-    def _keep(self, hasher: LeafHasher | None, source: int | None, name: str, start: int) -> None:
+    def _keep_made(self, hasher: LeafHasher | None, tensor: PlannedTensor, start: int) -> None:
         if hasher:
             hasher.finish()
-            self._ledger.keep_leaves(source, name, start, hasher.digests)
+            self._ledger.made.keep(0, tensor.info.name, start, hasher.digests)
 
-    def _finish(
-        self,
-        tensor: PlannedTensor,
-        start: int,
-        hashers: dict[int, LeafHasher | None],
-        program: Program,
-        written: LeafHasher | None,
-    ) -> None:
-        for read in program.reads:
-            self._keep(hashers[id(read)], read.input, read.tensor.name, start)
-        self._keep(written, None, tensor.info.name, start)
+    def _keep_read(self, hasher: LeafHasher | None, read: Read, start: int) -> None:
+        if hasher:
+            hasher.finish()
+            self._ledger.read.keep(read.input, read.tensor.name, start, hasher.digests)
+
+    def _finish(self, task: Task, hashers: dict[int, LeafHasher | None], written: LeafHasher | None) -> None:
+        """Keep the leaves of everything that a computed task read and wrote."""
+        for read in task.tensor.program.reads:
+            self._keep_read(hashers[id(read)], read, task.start * read.dtype.itemsize)
+        self._keep_made(written, task.tensor, task.start * task.tensor.info.dtype.itemsize)
 
 
 def _applied(node: Expression, sources: list[Tensor], out: Tensor | None) -> Tensor:

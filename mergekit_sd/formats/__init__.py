@@ -1,0 +1,1 @@
+"""Files as bytes: reading, writing, headers, dtypes, hashes. Knows nothing of models."""

@@ -202,14 +202,14 @@ def file_hashes(path: str | os.PathLike[str], on_bytes: OnBytes | None = None) -
     """All file hashes, the file read once. `on_bytes` as in `hash_file_tensors`."""
     file = open_input(path)
     try:
-        data_start = _data_start(file)
-        whole, data = hashlib.sha256(), hashlib.sha256() if data_start is not None else None
-        _feed(file, [(whole, 0), *([(data, data_start)] if data and data_start is not None else [])], on_bytes)
+        start = _data_start(file)
+        whole, data = hashlib.sha256(), hashlib.sha256()
+        _feed(file, [(whole, 0)] if start is None else [(whole, 0), (data, start)], on_bytes)
         auto_v1 = _auto_v1(file)
         file.check_unchanged()
     finally:
         file.close()
-    return FileHashes(whole.hexdigest(), data.hexdigest() if data else None, auto_v1)
+    return FileHashes(whole.hexdigest(), None if start is None else data.hexdigest(), auto_v1)
 
 
 def sha256_file(path: str | os.PathLike[str], on_bytes: OnBytes | None = None) -> str:

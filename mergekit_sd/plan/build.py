@@ -123,15 +123,14 @@ def _plan_output(
     model = models[spec.model]
     drafts, dropped = draft_tensors(recipe, spec, model, models[spec.vae] if spec.vae else None)
     tensors = tuple(
-        _planned(name, draft, TensorInfo(name, draft.dtype, draft.expression.shape, 0, 0))
-        for name, draft in drafts.items()
+        _planned(draft, TensorInfo(name, draft.dtype, draft.expression.shape, 0, 0)) for name, draft in drafts.items()
     )
     unets = {n for t in tensors if t.component == "unet" for n in inputs_of(t.expression)}
     prediction = output_prediction(recipe, spec, [each for n, each in enumerate(inputs.values()) if n in unets])
     return PlannedOutput(spec, path, 0, model.layout, prediction, tensors, dropped)
 
 
-def _planned(name: str, draft: Draft, info: TensorInfo) -> PlannedTensor:
+def _planned(draft: Draft, info: TensorInfo) -> PlannedTensor:
     return PlannedTensor(info, _how(draft.expression, draft.dtype), draft.expression, draft.place.component)
 
 

@@ -209,8 +209,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, object]) ->
     paths: list[KeyPath] = []
     for key, value in overrides.items():
         path = _override_path(changed, key)
-        _put(changed, path, _override_value(value, key), key)
-        paths.append(path)
+        paths.append(_put(changed, path, _override_value(value, key), key))
     return changed, paths
 
 
@@ -261,18 +260,22 @@ def _override_value(value: object, key: str) -> object:
     return parsed["value"] if list(parsed) == ["value"] else value
 
 
-def _put(data: dict[str, Any], path: KeyPath, value: object, key: str) -> None:
+def _put(data: dict[str, Any], path: KeyPath, value: object, key: str) -> KeyPath:
+    """Set the value; the topmost path that the file itself has nothing of."""
     node: Any = data
     part: Any
+    new: KeyPath = ()
     for number, part in enumerate(path[:-1], 1):
-        inner = node.get(part, {}) if isinstance(node, dict) else node[part]
-        if not isinstance(inner, dict | list):
-            inner = _widened(inner, path[:number], key)
-        node[part] = inner
-        node = inner
+        if isinstance(node, dict) and part not in node:
+            new = new or path[:number]
+            node[part] = {}
+        elif not isinstance(node[part], dict | list):
+            node[part] = _widened(node[part], path[:number], key)
+        node = node[part]
     if not isinstance(node, dict):
         raise _bad(key, f"{dotted(path[:-1])} is a list; it has no keys.", "give the whole list")
     node[path[-1]] = value
+    return new or path
 
 
 def _widened(value: object, path: KeyPath, key: str) -> dict[str, object]:

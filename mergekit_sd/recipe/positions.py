@@ -47,9 +47,9 @@ class Positions:
 
     def at(self, path: KeyPath) -> tuple[int, int] | None:
         """Line and column (from 1) of the path or its nearest parent; None where nothing is known."""
+        if self.is_replaced(path):
+            return None
         for length in range(len(path), -1, -1):
-            if path[:length] in self.replaced:
-                return None
             offset = self.offsets.get(path[:length])
             if offset is not None:
                 return self.place(offset)
@@ -59,6 +59,10 @@ class Positions:
         """Line and column (from 1) of an offset into the text."""
         line = bisect_right(self.line_starts, offset)
         return line, offset - self.line_starts[line - 1] + 1
+
+    def is_replaced(self, path: KeyPath) -> bool:
+        """Whether the path's value was given elsewhere."""
+        return any(path[:length] in self.replaced for length in range(len(path) + 1))
 
     def replacing(self, paths: Iterable[KeyPath]) -> Positions:
         """The same, but what lies under these paths was given elsewhere."""
@@ -79,11 +83,10 @@ class Where:
 
     def error(self, message: str, *, hint: str | None = None, details: Sequence[str] = ()) -> RecipeError:
         """A refusal that says where: file, dotted key, line and column."""
-        given = any(self.path[:length] in self.positions.replaced for length in range(len(self.path) + 1))
         place = self.positions.at(self.path) or (None, None)
         return RecipeError(
             message,
-            file="--set" if given else self.file,
+            file="--set" if self.positions.is_replaced(self.path) else self.file,
             key=dotted(self.path) or None,
             line=place[0],
             column=place[1],
@@ -133,7 +136,7 @@ class Scanner:
         self.here = 0
         self.offsets: dict[KeyPath, int] = {(): 0}
         self.last: KeyPath = ()
-        """The key path read most recently,"""
+        """The key whose value was read most recently, or is being read,"""
         self.last_offset = 0
         """and where it stands, written before or not."""
         self._arrays: dict[KeyPath, int] = {}
@@ -152,6 +155,7 @@ class Scanner:
         array = self.text.startswith("[[", self.here)
         self.here += 2 if array else 1
         parts = self._key()
+        self.last, self.last_offset = tuple(name for name, _ in parts), parts[-1][1]
         path: KeyPath = ()
         for number, (name, offset) in enumerate(parts, 1):
             path = self._note((*path, name), offset)
@@ -166,12 +170,15 @@ class Scanner:
 
     def _pair(self, table: KeyPath) -> None:
         path = table
+        offset = self.here
         for name, offset in self._key():
             path = self._note((*path, name), offset)
+        self.last, self.last_offset = path, offset
         self._take(_BLANK)
         self._expect("=")
         self._take(_BLANK)
         self._value(path)
+        self.last, self.last_offset = path, offset
 
     def _key(self) -> list[tuple[str, int]]:
         parts = []
@@ -219,7 +226,6 @@ class Scanner:
 
     def _note(self, path: KeyPath, offset: int) -> KeyPath:
         self.offsets.setdefault(path, offset)
-        self.last, self.last_offset = path, offset
         return path
 
     def _peek(self) -> str:

@@ -178,10 +178,11 @@ def _last(path: KeyPath) -> str:
 
 def _backslash(fault: Fault) -> Verdict:
     message = "In double quotes a backslash starts an escape."
+    offset = fault.text.rfind("\\", 0, fault.offset)
     for string in re.finditer(r'"([^"\n]*)"?', fault.line):
         if string.start() < fault.column <= string.end() and "\\" in string[1]:
-            return Verdict(message, f"write '{shown(string[1])}', in single quotes")
-    return Verdict(message, "write it in single quotes, or each backslash twice")
+            return Verdict(message, f"write '{shown(string[1])}', in single quotes", offset)
+    return Verdict(message, "write it in single quotes, or each backslash twice", offset)
 
 
 def _open_string(fault: Fault) -> Verdict:
@@ -221,7 +222,10 @@ def _value(fault: Fault) -> Verdict:
     if word.startswith("="):
         return Verdict("There is one = between a key and its value.", "write key = value")
     if not word:
-        return Verdict("A value is missing.", "write key = value")
+        before = fault.text[: fault.offset].rstrip()
+        return (
+            _open_array(fault) if before.endswith(("[", ",")) else Verdict("A value is missing.", "write key = value")
+        )
     if re.fullmatch(r"[+-]?\.\d+", word):
         return Verdict("A number starts with a digit.", f"write {word.replace('.', '0.')}")
     if word[0] in "“”„‘’‚«»":

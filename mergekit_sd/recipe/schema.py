@@ -294,7 +294,8 @@ def _check_step(name: str, step: Mapping[str, Any], faults: list[_Fault]) -> Tab
 def _first(faults: list[_Fault], where: Where) -> Exception:
     far = (1 << 62, 0)
     placed = [(where.positions.at((*where.path, *fault.path)) or far, fault) for fault in faults]
-    (_, first), *others = sorted(placed, key=lambda pair: pair[0])
+    # What is missing comes last: most often it is there, misspelt.
+    (_, first), *others = sorted(placed, key=lambda pair: (" needs the key " in pair[1].message, pair[0]))
     details = [f"line {at[0]}: {fault.message}" if at != far else fault.message for at, fault in others]
     return where.at(*first.path).error(first.message, hint=first.hint, details=details)
 
@@ -364,7 +365,7 @@ def _unknown_key(path: KeyPath, keys: _Keys) -> _Fault:
     table, known = keys[_pattern(path[:-1], keys)]
     word = str(path[-1])
     hint = did_you_mean(word, known)
-    if len(path) != 1 and word in ("recipe", "title", "seed", "date"):
+    if table != "a recipe" and word in ("recipe", "title", "seed", "date"):
         hint = f"{word} stands at the top, before the first [table]"
     return _Fault(path, f'"{shown(word)}" is no key of {table}.', hint)
 

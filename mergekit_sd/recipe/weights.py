@@ -102,16 +102,18 @@ class BlockWeights:
         selectors of one rank that decide a tensor differently.
         """
         matcher = _Matcher(layout, list(names), self.where)
-        chosen: dict[str, float] = {}
         by_rank: dict[Rank, list[tuple[Selector, float]]] = {}
         for text, value in self.selectors:
             selector = read_selector(text)
             assert isinstance(selector, Selector), "parse_weights has read it"
             by_rank.setdefault(selector.rank, []).append((selector, value))
-        for rank in sorted(by_rank, reverse=True):
-            chosen = matcher.decide(by_rank[rank]) | chosen
+        # From the top, so that a clash counts only where no more specific selector decides.
+        layers = {rank: matcher.decide(by_rank[rank]) for rank in sorted(by_rank, reverse=True)}
         if self.numbers or self.preset:
-            chosen = matcher.per_block(self) | chosen
+            layers[Rank.PRESET] = matcher.per_block(self)
+        chosen: dict[str, float] = {}
+        for rank in sorted(layers):
+            chosen.update(layers[rank])
         matcher.refuse(chosen)
         return {name: chosen[name] for name in matcher.names}
 

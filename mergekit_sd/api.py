@@ -1,0 +1,201 @@
+"""The public API: what the command line, the terminal UI and scripts are made of.
+
+Owns the calls and what they return. Each is thin: the rooms below do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_sd.errors import PinMismatch
+from mergekit_sd.events import CancelToken, Listener, Noted, ignore
+from mergekit_sd.execute.run import Made, OutputReport, RunOptions, check_pins, execute
+from mergekit_sd.formats.hashing import hash_file_tensors
+from mergekit_sd.formats.open import open_model
+from mergekit_sd.graph import Node, graph_data
+from mergekit_sd.plan.build import PlanOptions, build_plan, check_targets
+from mergekit_sd.plan.report import plan_as_json
+from mergekit_sd.plan.values import MetadataStyle, Plan
+from mergekit_sd.recipe.load import Recipe, load_recipe, recipe_from_data
+from mergekit_sd.recipe.lock import Lock, LockedInput, LockedOutput, fingerprint, lock_path, read_lock, write_lock
+from mergekit_sd.version import VERSION
+
+__all__ = ["Recipe", "RunReport", "check_run", "load", "plan", "plan_as_json", "recipe_of", "run", "save"]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run made. `skipped`: outputs that the lock says are done, by name."""
+
+    recipe: str | None
+    outputs: tuple[OutputReport, ...]
+    skipped: tuple[str, ...]
+    warnings: tuple[str, ...]
+    lock: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "recipe": self.recipe,
+            "outputs": [each.as_json() for each in self.outputs],
+            "skipped": list(self.skipped),
+            "warnings": list(self.warnings),
+            "lock": self.lock,
+        }
+
+
+def load(recipe: str | Path | Recipe, set: Mapping[str, object] | None = None) -> Recipe:
+    """Read and check a recipe, without opening a model; `set` maps dotted paths to values."""
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, set or {})
+
+
+def plan(
+    recipe: str | Path | Recipe,
+    *,
+    set: Mapping[str, object] | None = None,
+    output_root: str | Path | None = None,
+    metadata: MetadataStyle = "full",
+) -> Plan:
+    """What a run would do, from headers alone. Raises what `run` would raise by then."""
+    options = PlanOptions(Path(output_root) if output_root else None, metadata=metadata)
+    return build_plan(load(recipe, set), options)
+
+
+def check_run(plan: Plan, *, force: bool = False) -> None:
+    """Raise what a run of this plan would raise before it computes: targets, disk, pins."""
+    check_targets(plan, force)
+    check_pins(plan)
+
+
+def run(
+    recipe: str | Path | Recipe,
+    *,
+    set: Mapping[str, object] | None = None,
+    on_event: Listener = ignore,
+    cancel: CancelToken | None = None,
+    output_root: str | Path | None = None,
+    metadata: MetadataStyle = "full",
+    locked: bool = False,
+    skip_done: bool = False,
+    **options: Any,
+) -> RunReport:
+    """Make every output of a recipe, and write its lock.
+
+    `options` are those of RunOptions: force, threads, allow_nonfinite, scan. Raises RecipeError
+    (exit code 2), InputError (3), EnvironmentFault (4), Cancelled (130); see `mergekit_sd.errors`.
+    """
+    checked = load(recipe, set)
+    made = build_plan(checked, PlanOptions(Path(output_root) if output_root else None, metadata=metadata))
+    where = lock_path(checked.path) if checked.path else None
+    lock = read_lock(where) if where and (locked or skip_done) else None
+    skipped: tuple[str, ...] = ()
+    if locked:
+        options |= _expected(made, lock, where)
+    if skip_done and lock and _is_done(made, lock):
+        skipped = tuple(output.name for output in made.outputs)
+        return RunReport(str(checked.path), (), skipped, made.warnings, str(where))
+    result = execute(made, RunOptions(**options), on_event, cancel)
+    warnings = list(made.warnings)
+    if where and not locked:
+        try:
+            write_lock(where, _lock_of(made, result))
+        except OSError as error:
+            warnings.append(f"the lock was not written: {error}")
+            on_event(Noted(warnings[-1]))
+    return RunReport(
+        str(checked.path) if checked.path else None,
+        result.outputs,
+        skipped,
+        tuple(warnings),
+        str(where) if where else None,
+    )
+
+
+def save(
+    node: Node,
+    path: str | Path,
+    *,
+    dtype: str | Mapping[str, str] = "fp16",
+    title: str | None = None,
+    metadata: MetadataStyle = "full",
+    on_event: Listener = ignore,
+    cancel: CancelToken | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    scan: bool = False,
+    **output: Any,
+) -> OutputReport:
+    """Write a graph's result to a file, in one streaming pass.
+
+    `output` takes the other keys of a recipe's output: overflow, junk, ema, position_ids,
+    prediction. Raises as `run` does; OutputExists where the file is there and not `force`.
+    """
+    recipe = recipe_of(node, path, dtype=dtype, title=title, **output)
+    made = build_plan(recipe, PlanOptions(anywhere=True, metadata=metadata))
+    options = RunOptions(force=force, threads=threads, allow_nonfinite=allow_nonfinite, scan=scan)
+    return execute(made, options, on_event, cancel).outputs[0]
+
+
+def recipe_of(node: Node, path: str | Path, *, dtype: Any = "fp16", title: str | None = None, **output: Any) -> Recipe:
+    """The recipe that `save` runs."""
+    target = {"file": str(Path(path).absolute()), "dtype": dict(dtype) if isinstance(dtype, Mapping) else dtype}
+    top = {"title": title} if title else {}
+    return recipe_from_data(graph_data(node, target | output, **top), folder=Path.cwd())
+
+
+def _expected(plan: Plan, lock: Lock | None, where: Path | None) -> dict[str, Any]:
+    """What a locked run must find, by RunOptions' names; what is seen at once is refused at once."""
+    if lock is None:
+        raise PinMismatch("There is no lock to keep to.", file=where, hint="run once without --locked")
+    if lock.recipe != fingerprint(plan.recipe.data):
+        raise PinMismatch("The recipe differs from the one that was locked.", file=where, hint="run without --locked")
+    for source in plan.inputs:
+        pinned = lock.inputs.get(source.name)
+        if pinned is None or pinned.size != source.file.state.size:
+            raise PinMismatch(f'"{source.name}" is not the file that was locked.', file=source.file.path)
+    return {
+        "expected": {name: each.content for name, each in lock.outputs.items()},
+        "expected_inputs": {name: each.content for name, each in lock.inputs.items()},
+    }
+
+
+def _is_done(plan: Plan, lock: Lock) -> bool:
+    """Whether the lock's run is this one, its inputs and outputs still the same, by their content hashes."""
+    if lock.recipe != fingerprint(plan.recipe.data) or lock.version != VERSION:
+        return False
+    if {output.name for output in plan.outputs} - set(lock.outputs) or any(not o.path.exists() for o in plan.outputs):
+        return False
+    for output in plan.outputs:
+        if output.path.stat().st_size != lock.outputs[output.name].size:
+            return False
+    used = _used_tensors(plan)
+    for number, source in enumerate(plan.inputs):
+        pinned = lock.inputs.get(source.name)
+        if pinned is None or pinned.size != source.file.state.size:
+            return False
+        if hash_file_tensors(source.file, used.get(number, ())) != pinned.content:
+            return False
+    return all(hash_file_tensors(open_model(o.path)) == lock.outputs[o.name].content for o in plan.outputs)
+
+
+def _used_tensors(plan: Plan) -> dict[int, list[str]]:
+    used: dict[int, dict[str, None]] = {}
+    for output in plan.outputs:
+        for number, reads in output.reads().items():
+            used.setdefault(number, {}).update(dict.fromkeys(reads))
+    return {number: list(names) for number, names in used.items()}
+
+
+def _lock_of(plan: Plan, made: Made) -> Lock:
+    inputs = {
+        source.name: LockedInput(
+            source.file.state.size, made.inputs.get(source.name, ""), plan.recipe.models[source.name].sha256
+        )
+        for source in plan.inputs
+    }
+    outputs = {report.name: LockedOutput(report.bytes, report.content_hash or "") for report in made.outputs}
+    return Lock(VERSION, fingerprint(plan.recipe.data), inputs, outputs)

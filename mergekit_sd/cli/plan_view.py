@@ -1,0 +1,84 @@
+"""A plan as a person reads it: inputs, steps with their block weights, outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mergekit_sd.cli.show import console, row, table
+from mergekit_sd.text import count, listed, shown, size
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print the plan that `plan_as_json` gave."""
+    out = console()
+    inputs = table("model", "kind", "size", "path", right=["size"])
+    for each in plan["inputs"]:
+        kind = each["architecture"] or each["kind"]
+        row(inputs, each["name"], kind, size(each["bytes"]), each["path"])
+    out.print(inputs)
+    for step in plan["steps"]:
+        _print_step(out, step)
+    for output in plan["outputs"]:
+        _print_output(out, output)
+    out.print(f"reads {size(plan['read_bytes'])}, writes {size(plan['write_bytes'])}")
+    for warning in plan["warnings"]:
+        out.print(f"warning: {shown(warning)}")
+
+
+def _print_step(out: Any, step: dict[str, Any]) -> None:
+    operands = ", ".join(f"{name} = {shown(source)}" for name, source in step["operands"].items())
+    out.print(f"step {shown(step['name'])}: {step['op']}({operands})")
+    for parameter, blocks in step["weights"].items():
+        _print_weights(out, parameter, blocks)
+    notes = [f"{step['merged']:,} merged", f"{step['folded']:,} folded to copies", f"{step['carried']:,} carried over"]
+    out.print("  " + ", ".join(notes))
+    for what, names in (
+        ("missing elsewhere, kept as they are", step["kept"]),
+        ("only elsewhere, dropped", step["dropped"]),
+    ):
+        if names:
+            out.print(f"  {count(len(names), 'tensor')} {what}: {listed(names)}")
+    out.print()
+
+
+def _print_weights(out: Any, parameter: str, blocks: dict[str, Any]) -> None:
+    """One number if there is one; else blocks in rows of IN, M and OUT, with bars."""
+    values = list(blocks.values())
+    if values and all(value == values[0] for value in values) and not isinstance(values[0], list):
+        out.print(f"  {parameter} = {values[0]:g} everywhere")
+        return
+    out.print(f"  {parameter}:")
+    rows: dict[str, list[str]] = {}
+    for block in sorted(blocks, key=_block_order):
+        group = block.rstrip("0123456789") if block[-1:].isdigit() else "rest"
+        rows.setdefault(group, []).append(f"{block} {_cell(blocks[block])}")
+    for cells in rows.values():
+        for start in range(0, len(cells), 6):
+            out.print("    " + "  ".join(cell.ljust(11) for cell in cells[start : start + 6]).rstrip())
+
+
+def _block_order(block: str) -> tuple[int, str]:
+    order = {"IN": 1, "M": 2, "OUT": 3}
+    return order.get(block.rstrip("0123456789"), 0), block
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{value[0]:.3g}–{value[1]:.3g}"
+    bar = BARS[round(min(max(value, 0.0), 1.0) * (len(BARS) - 1))]
+    return f"{value:.3g}{bar if bar != ' ' else ''}"
+
+
+def _print_output(out: Any, output: dict[str, Any]) -> None:
+    what = output["architecture"] or "unknown layout"
+    dtypes = ", ".join(f"{name} × {number:,}" for name, number in sorted(output["dtypes"].items()))
+    tensors = output["tensors"]
+    out.print(f"output {shown(output['name'])}: {shown(output['path'])}")
+    out.print(f"  {what}, {size(output['bytes'])}, {count(tensors['total'], 'tensor')} ({dtypes})")
+    how = [f"{tensors[how]:,} {how}" for how in ("merged", "cast", "copied", "constant") if tensors[how]]
+    out.print("  " + ", ".join(how))
+    for reason, names in output["dropped"].items():
+        out.print(f"  {count(len(names), 'tensor')} dropped as {reason}: {listed(names)}")
+    out.print()

@@ -1,0 +1,25 @@
+"""Looking at model files: what they are, how two differ, and whether they are the same.
+
+Nothing here writes a file or knows a terminal. Torch is imported only where values are computed on.
+"""
+
+from mergekit_sd.inspection.diff import Diff, GroupDiff, TensorDiff, diff_files
+from mergekit_sd.inspection.identity import Identity, identify, weights_hash, weights_hashes
+from mergekit_sd.inspection.inspect import Inspection, Share, bytes_to_read, inspect_file
+from mergekit_sd.inspection.position_ids import PositionIds
+
+__all__ = [
+    "Diff",
+    "GroupDiff",
+    "Identity",
+    "Inspection",
+    "PositionIds",
+    "Share",
+    "TensorDiff",
+    "bytes_to_read",
+    "diff_files",
+    "identify",
+    "inspect_file",
+    "weights_hash",
+    "weights_hashes",
+]

@@ -1,0 +1,173 @@
+"""What a model file is and what is in it, as one frozen value.
+
+Owns the report of `inspect` and its JSON. Reads the header, and values only where it must:
+position_ids, and with `hashes` or `scan` everything. Must not know how the report is shown.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_sd.architectures import Layout, Role, detect
+from mergekit_sd.formats.hashing import OnBytes
+from mergekit_sd.formats.open import open_model
+from mergekit_sd.formats.tensor import ModelFile, TensorInfo
+from mergekit_sd.inspection.identity import Identity, identify, weights_hashes
+from mergekit_sd.inspection.position_ids import PositionIds, position_ids
+from mergekit_sd.inspection.scan import nonfinite_values
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share of a file: its tensors by their stored names, and their size."""
+
+    names: tuple[str, ...]
+    bytes: int
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors they are."""
+        return len(self.names)
+
+    def as_json(self) -> dict[str, object]:
+        """Counts alone."""
+        return {"tensors": self.tensors, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` tells of a file.
+
+    `bytes` is the size of all tensors, `file_bytes` that of the file. `prunable` is what could go
+    without changing a picture (EMA copies and junk); None where the architecture is not known.
+    `weights_hashes` and `identity` are there only with hashes, `nonfinite` only with a scan.
+    `title` says the architecture in words.
+    """
+
+    path: str
+    format: str
+    kind: str
+    architecture: str | None
+    title: str | None
+    prediction: str | None
+    tensors: int
+    bytes: int
+    file_bytes: int
+    dtypes: Mapping[str, int]
+    components: Mapping[str, Share]
+    roles: Mapping[Role, Share]
+    position_ids: PositionIds | None
+    metadata: Mapping[str, str]
+    weights_hashes: Mapping[str, str] | None
+    identity: Identity | None
+    nonfinite: Mapping[str, int] | None
+
+    @property
+    def ema(self) -> Share:
+        """The EMA copies of the UNet."""
+        return self.roles[Role.ema]
+
+    @property
+    def junk(self) -> Share:
+        """What is no part of the architecture."""
+        return self.roles[Role.junk]
+
+    @property
+    def prunable(self) -> int | None:
+        """Bytes that could go without changing a picture."""
+        return None if self.architecture is None else self.ema.bytes + self.junk.bytes
+
+    def as_json(self) -> dict[str, object]:
+        """The object that `inspect --json` prints: a contract."""
+        hashes = self.weights_hashes or {}
+        report: dict[str, object] = {
+            "path": self.path,
+            "format": self.format,
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "prediction": self.prediction,
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "file_bytes": self.file_bytes,
+            "dtypes": dict(self.dtypes),
+            "components": {
+                name: {**share.as_json(), "hash": hashes.get(name)} for name, share in self.components.items()
+            },
+            "ema": self.ema.as_json(),
+            "junk": {**self.junk.as_json(), "keys": list(self.junk.names)},
+            "prunable": self.prunable,
+            "position_ids": self.position_ids and self.position_ids.as_json(),
+            "metadata": dict(self.metadata),
+            "hashes": self.identity and self.identity.as_json(),
+        }
+        return report if self.nonfinite is None else {**report, "nonfinite": dict(self.nonfinite)}
+
+
+def inspect_file(
+    path: str | os.PathLike[str], *, hashes: bool = False, scan: bool = False, on_bytes: OnBytes | None = None
+) -> Inspection:
+    """Look at a model file. Raises an InputError if it is none.
+
+    `on_bytes` is called in this thread with the number of bytes read since the last call; about
+    `bytes_to_read` in all.
+    """
+    # Here, not above: the planning room takes a quarter of a second to import.
+    from mergekit_sd.plan.prediction import file_prediction
+
+    model = open_model(path)
+    layout = detect(model.tensors)
+    return Inspection(
+        path=str(path),
+        format=model.format,
+        kind=layout.kind,
+        architecture=layout.architecture and layout.architecture.name,
+        title=layout.architecture and layout.architecture.title,
+        prediction=file_prediction(model, layout),
+        tensors=len(model.tensors),
+        bytes=sum(tensor.nbytes for tensor in model.tensors.values()),
+        file_bytes=model.state.size,
+        dtypes=_dtypes(model),
+        components=_components(model, layout),
+        roles=_roles(model, layout),
+        position_ids=position_ids(model, layout),
+        metadata=dict(model.metadata),
+        weights_hashes=weights_hashes(model, layout, on_bytes=on_bytes) if hashes else None,
+        identity=identify(path, on_bytes) if hashes else None,
+        nonfinite=nonfinite_values(model, on_bytes=on_bytes) if scan else None,
+    )
+
+
+def bytes_to_read(path: str | os.PathLike[str], *, hashes: bool, scan: bool) -> int:
+    """About how many bytes an inspection goes through: file, content and weights hashes are a pass each."""
+    return Path(path).stat().st_size * (3 * hashes + scan)
+
+
+def _dtypes(model: ModelFile) -> dict[str, int]:
+    """How many tensors have each dtype, the most frequent first."""
+    return dict(Counter(tensor.dtype.name for tensor in model.tensors.values()).most_common())
+
+
+def _components(model: ModelFile, layout: Layout) -> dict[str, Share]:
+    """The tensors of each component, position_ids included; the UNet first."""
+    members: dict[str, list[TensorInfo]] = {name: [] for name in layout.prefixes}
+    for stored, tensor in model.tensors.items():
+        component = layout.places[layout.canonical[stored]].component
+        if component is not None:
+            members.setdefault(component, []).append(tensor)
+    return {name: _share(tensors) for name, tensors in members.items() if tensors}
+
+
+def _roles(model: ModelFile, layout: Layout) -> dict[Role, Share]:
+    members: dict[Role, list[TensorInfo]] = {role: [] for role in Role}
+    for stored, tensor in model.tensors.items():
+        members[layout.places[layout.canonical[stored]].role].append(tensor)
+    return {role: _share(tensors) for role, tensors in members.items()}
+
+
+def _share(tensors: Iterable[TensorInfo]) -> Share:
+    every = tuple(tensors)
+    return Share(tuple(tensor.name for tensor in every), sum(tensor.nbytes for tensor in every))
