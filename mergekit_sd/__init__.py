@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit_sd.api import (
+        OPERATIONS,
+        OUTPUT_DTYPES,
         Recipe,
         RunReport,
         check_run,
@@ -18,35 +20,79 @@ if TYPE_CHECKING:
         plan,
         plan_as_json,
         recipe_of,
+        recipe_text,
         run,
         save,
+        save_recipe,
     )
+    from mergekit_sd.demo import make_demo
     from mergekit_sd.events import CancelToken, Event
-    from mergekit_sd.graph import Ops, open
+    from mergekit_sd.graph import open, ops
+    from mergekit_sd.provenance import recover, verify
 
-    ops: Ops
-
+# Where each name of the API lives.
 _HOMES = {
-    "api": ("Recipe", "RunReport", "check_run", "load", "plan", "plan_as_json", "recipe_of", "run", "save"),
+    "api": (
+        "OPERATIONS",
+        "OUTPUT_DTYPES",
+        "Recipe",
+        "RunReport",
+        "check_run",
+        "load",
+        "plan",
+        "plan_as_json",
+        "recipe_of",
+        "recipe_text",
+        "run",
+        "save",
+        "save_recipe",
+    ),
+    "demo": ("make_demo",),
+    "doctor": ("Finding", "check_machine"),
     "events": ("CancelToken", "Event"),
     "graph": ("open", "ops"),
+    "operations.docs": ("by_purpose", "describe_operation", "find_operation"),
+    "recipe.presets": ("PRESETS", "SD_BLOCKS", "find_preset", "preset"),
+    "recipe.roots": ("add_root", "load_roots", "roots_file"),
+    "recipe.schema": ("recipe_json_schema",),
+    "provenance": ("recover", "verify"),
 }
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "OPERATIONS",
+    "OUTPUT_DTYPES",
+    "PRESETS",
+    "SD_BLOCKS",
     "CancelToken",
     "Event",
+    "Finding",
     "Recipe",
     "RunReport",
+    "add_root",
+    "by_purpose",
+    "check_machine",
     "check_run",
+    "describe_operation",
+    "find_operation",
+    "find_preset",
     "load",
+    "load_roots",
+    "make_demo",
     "open",
     "ops",
     "plan",
     "plan_as_json",
+    "preset",
+    "recipe_json_schema",
     "recipe_of",
+    "recipe_text",
+    "recover",
+    "roots_file",
     "run",
     "save",
+    "save_recipe",
+    "verify",
 ]
 
 

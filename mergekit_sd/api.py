@@ -10,20 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_sd.errors import PinMismatch
+from mergekit_sd.errors import NotWritable, OutputExists, PinMismatch
 from mergekit_sd.events import CancelToken, Listener, Noted, ignore
 from mergekit_sd.execute.run import Made, OutputReport, RunOptions, check_pins, execute
+from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
 from mergekit_sd.formats.hashing import hash_file_tensors
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.graph import Node, graph_data
+from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.plan.build import PlanOptions, build_plan, check_targets
 from mergekit_sd.plan.report import plan_as_json
 from mergekit_sd.plan.values import MetadataStyle, Plan
 from mergekit_sd.recipe.load import Recipe, load_recipe, recipe_from_data
 from mergekit_sd.recipe.lock import Lock, LockedInput, LockedOutput, fingerprint, lock_path, read_lock, write_lock
+from mergekit_sd.recipe.write import recipe_text
 from mergekit_sd.version import VERSION
 
-__all__ = ["Recipe", "RunReport", "check_run", "load", "plan", "plan_as_json", "recipe_of", "run", "save"]
+__all__ = [
+    "OPERATIONS",
+    "OUTPUT_DTYPES",
+    "Recipe",
+    "RunReport",
+    "check_run",
+    "load",
+    "plan",
+    "plan_as_json",
+    "recipe_of",
+    "recipe_text",
+    "run",
+    "save",
+    "save_recipe",
+]
 
 
 @dataclass(frozen=True)
@@ -57,11 +74,15 @@ def plan(
     *,
     set: Mapping[str, object] | None = None,
     output_root: str | Path | None = None,
+    anywhere: bool = False,
     metadata: MetadataStyle = "full",
 ) -> Plan:
-    """What a run would do, from headers alone. Raises what `run` would raise by then."""
-    options = PlanOptions(Path(output_root) if output_root else None, metadata=metadata)
-    return build_plan(load(recipe, set), options)
+    """What a run would do, from headers alone. Raises what `run` would raise by then.
+
+    `anywhere`: outputs may lie outside the recipe's folder, `output_root` and the roots.
+    """
+    root = Path(output_root) if output_root else None
+    return build_plan(load(recipe, set), PlanOptions(root, anywhere, metadata))
 
 
 def check_run(plan: Plan, *, force: bool = False) -> None:
@@ -77,6 +98,7 @@ def run(
     on_event: Listener = ignore,
     cancel: CancelToken | None = None,
     output_root: str | Path | None = None,
+    anywhere: bool = False,
     metadata: MetadataStyle = "full",
     locked: bool = False,
     skip_done: bool = False,
@@ -88,7 +110,7 @@ def run(
     (exit code 2), InputError (3), EnvironmentFault (4), Cancelled (130); see `mergekit_sd.errors`.
     """
     checked = load(recipe, set)
-    made = build_plan(checked, PlanOptions(Path(output_root) if output_root else None, metadata=metadata))
+    made = plan(checked, output_root=output_root, anywhere=anywhere, metadata=metadata)
     where = lock_path(checked.path) if checked.path else None
     lock = read_lock(where) if where and (locked or skip_done) else None
     skipped: tuple[str, ...] = ()
@@ -131,20 +153,50 @@ def save(
 ) -> OutputReport:
     """Write a graph's result to a file, in one streaming pass.
 
-    `output` takes the other keys of a recipe's output: overflow, junk, ema, position_ids,
-    prediction. Raises as `run` does; OutputExists where the file is there and not `force`.
+    `output` takes the other keys of a recipe's output: vae (an opened model), overflow, junk, ema,
+    position_ids, prediction. Raises as `run` does; OutputExists where the file is there and not `force`.
     """
     recipe = recipe_of(node, path, dtype=dtype, title=title, **output)
-    made = build_plan(recipe, PlanOptions(anywhere=True, metadata=metadata))
+    made = plan(recipe, anywhere=True, metadata=metadata)
     options = RunOptions(force=force, threads=threads, allow_nonfinite=allow_nonfinite, scan=scan)
     return execute(made, options, on_event, cancel).outputs[0]
 
 
-def recipe_of(node: Node, path: str | Path, *, dtype: Any = "fp16", title: str | None = None, **output: Any) -> Recipe:
+def recipe_of(
+    node: Node,
+    path: str | Path,
+    *,
+    dtype: Any = "fp16",
+    title: str | None = None,
+    vae: Node | None = None,
+    **output: Any,
+) -> Recipe:
     """The recipe that `save` runs."""
     target = {"file": str(Path(path).absolute()), "dtype": dict(dtype) if isinstance(dtype, Mapping) else dtype}
     top = {"title": title} if title else {}
-    return recipe_from_data(graph_data(node, target | output, **top), folder=Path.cwd())
+    return recipe_from_data(graph_data(node, target | output, vae, **top), folder=Path.cwd())
+
+
+def save_recipe(recipe: Recipe, path: str | Path, *, force: bool = False) -> None:
+    """Write a recipe as a file that `run` takes from where it lies: paths relative to it where they can be."""
+    path = Path(path)
+    if path.exists() and not force:
+        raise OutputExists("The recipe file exists already.", file=path, hint="give --force to replace it")
+    folder = path.absolute().parent
+    models = {name: {**entry, "file": _beside(entry["file"], folder)} for name, entry in recipe.data["models"].items()}
+    outputs = {
+        name: {**entry, "file": _beside(entry["file"], folder)} for name, entry in recipe.data["outputs"].items()
+    }
+    text = recipe_text({**recipe.data, "models": models, "outputs": outputs})
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise NotWritable(f"The recipe cannot be written: {error.strerror}.", file=path) from error
+
+
+def _beside(file: str, folder: Path) -> str:
+    path = Path(file)
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
 def _expected(plan: Plan, lock: Lock | None, where: Path | None) -> dict[str, Any]:

@@ -79,12 +79,12 @@ def _step(operation: Operation, given: tuple[Node, ...], keywords: dict[str, Any
     return StepNode(operation, tuple(operands[name] for name in names), keywords)
 
 
-def graph_data(node: Node, output: Mapping[str, Any], **top: Any) -> dict[str, Any]:
+def graph_data(node: Node, output: Mapping[str, Any], vae: Node | None = None, **top: Any) -> dict[str, Any]:
     """The graph that ends in `node` as a recipe's plain data, with one output called "output"."""
     models: dict[str, Any] = {}
     steps: dict[str, Any] = {}
     names: dict[int, str] = {}
-    for each in _in_order(node):
+    for each in [*_in_order(node), *([vae] if vae else [])]:
         if isinstance(each, ModelNode):
             name = _free_name(each.file.path.stem, models, steps)
             entry = {"file": str(each.file.path.absolute())}
@@ -96,7 +96,9 @@ def graph_data(node: Node, output: Mapping[str, Any], **top: Any) -> dict[str, A
             steps[name] = {"op": each.operation.name, **links, **each.parameters}
         names[id(each)] = name
     data = {"recipe": 1, **top, "models": models}
-    return data | ({"steps": steps} if steps else {}) | {"outputs": {"output": {"model": names[id(node)], **output}}}
+    baked = {"vae": names[id(vae)]} if vae else {}
+    made = {"output": {"model": names[id(node)], **output, **baked}}
+    return data | ({"steps": steps} if steps else {}) | {"outputs": made}
 
 
 def _free_name(wanted: str, *taken: Mapping[str, Any]) -> str:

@@ -388,7 +388,7 @@ SET_REFUSALS = {
     "steps": ("0.4", "no step", "mix"),
     "steps.mix.alpah": ("0.4", "no key of a step", '"alpha"'),
     "steps.mix.alpha": ("1.5", "between 0 and 1", "extrapolate"),
-    "title.x": ("1", "no table", None),
+    "title.x": ("1", "takes text in quotes", None),
     "title": ("2026", "text in quotes, not the number", None),
     "outputs.out.model.x": ("1", "no table", None),
     "steps..alpha": ("1", "no dotted path", "steps.NAME.alpha"),

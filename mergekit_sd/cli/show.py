@@ -108,8 +108,7 @@ class Talk:
             self._bar.update(self._task, completed=event.done)
         elif isinstance(event, OutputFinished):
             self._end_bar()
-            rate = size(int(event.bytes / max(event.seconds, 1e-9)))
-            click.echo(f"{shown(event.path)}: {size(event.bytes)} in {event.seconds:.1f} s ({rate}/s)", err=True)
+            click.echo(f"{shown(event.path)}: {size(event.bytes)} in {event.seconds:.1f} s", err=True)
 
     def _start_bar(self, event: OutputStarted) -> None:
         if not sys.stderr.isatty():

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from mergekit_sd.errors import Cancelled, PinMismatch
 from mergekit_sd.events import CancelToken, Listener, Noted, OutputFinished, OutputStarted, Progressed, ignore
+from mergekit_sd.execute.compare import Comparison
 from mergekit_sd.execute.ledger import Leaves, Ledger
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
 from mergekit_sd.execute.worker import Sink, Worker
 from mergekit_sd.formats.hashing import FileHashes, default_threads, file_hashes
+from mergekit_sd.formats.open import open_input
 from mergekit_sd.formats.reading import InputFile
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import OutputFile
@@ -89,6 +91,34 @@ def execute(
         on_event(Noted(warning))
     reports = tuple(write_output(run, output) for output in plan.outputs)
     return Made(reports, run.input_hashes(plan.outputs) if options.hashing else {})
+
+
+def compare(
+    plan: Plan,
+    path: Path,
+    options: RunOptions = RunOptions(),
+    on_event: Listener = ignore,
+    cancel: CancelToken | None = None,
+) -> tuple[str, ...]:
+    """Compute a plan's only output and compare it with the file at `path`; nothing is written.
+
+    Returns the names of the tensors that differ ("(header)" for the header); raises PinMismatch
+    where the file's size shows it at once.
+    """
+    files = check_pins(plan)
+    output = place_output(plan, plan.outputs[0], files)
+    there = open_input(path)
+    try:
+        if there.state.size != output.size:
+            raise PinMismatch(f"The file has {there.state.size:,} bytes, its recipe makes {output.size:,}.", file=path)
+        sink = Comparison(there, [tensor.info for tensor in output.tensors])
+        run = _Run(plan, options, files, Leaves(), on_event, cancel or CancelToken())
+        on_event(OutputStarted(output.name, str(path), output.size))
+        stream(run, output, sink)
+        there.check_unchanged()
+    finally:
+        there.close()
+    return tuple(sorted(sink.different))
 
 
 @dataclass(frozen=True)

@@ -46,15 +46,15 @@ class TensorDiff:
             "name": self.name,
             "group": self.group,
             "state": self.state,
-            "shape_a": self.shape_a and list(self.shape_a),
-            "shape_b": self.shape_b and list(self.shape_b),
+            "shape_a": self.shape_a,
+            "shape_b": self.shape_b,
             **_measures(self.distance or Distance(), known=self.distance is not None),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class GroupDiff:
-    """The tensors of a block, of a component without blocks, or of both files (`name` "all").
+    """The tensors of a block, of a component without blocks, or of both models (`name` "weights").
 
     `compared` counts those in both files with one shape, `equal` those of them without a difference.
     `largest_in` names the tensor with the largest absolute change.
@@ -98,7 +98,10 @@ class FileSide:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """Two files, compared. `groups` are in the order of the model: blocks, components, the rest."""
+    """Two files, compared. `groups` are in the order of the model: blocks, components, the rest.
+
+    `total` is of the weights alone: schedule buffers are large numbers, and EMA copies count twice.
+    """
 
     a: FileSide
     b: FileSide
@@ -166,10 +169,10 @@ def diff_files(
     distances = _distances(models, [pair for pair in pairs if pair.comparable], on_progress, cancel)
     tensors = [pair.result(distances.get(number)) for number, pair in enumerate(pairs)]
     sides = [
-        FileSide(str(path), layout.kind, layout.architecture and layout.architecture.name)
+        FileSide(str(path), layout.kind, None if layout.architecture is None else layout.architecture.name)
         for path, layout in zip((a, b), layouts, strict=True)
     ]
-    return Diff(sides[0], sides[1], _groups(tensors, layouts), _group("all", tensors), tensors)
+    return Diff(sides[0], sides[1], _groups(tensors, layouts), _total(tensors), tensors)
 
 
 # --- which tensors meet ----------------------------------------------------------------------------
@@ -198,7 +201,8 @@ class _Pair:
             state = "equal" if distance.equal else "different"
         named = self.a or self.b
         assert named is not None
-        return TensorDiff(named.name, self.group, state, self.a and self.a.shape, self.b and self.b.shape, distance)
+        shapes = [None if tensor is None else tensor.shape for tensor in (self.a, self.b)]
+        return TensorDiff(named.name, self.group, state, shapes[0], shapes[1], distance)
 
 
 def _pairs(models: tuple[ModelFile, ModelFile], layouts: tuple[Layout, Layout]) -> Iterator[_Pair]:
@@ -264,12 +268,13 @@ class _Step:
 
 def _distances(
     models: tuple[ModelFile, ModelFile],
-    pairs: Iterable[_Pair],
+    pairs: Sequence[_Pair],
     on_progress: OnProgress | None,
     cancel: CancelToken | None,
 ) -> Mapping[int, Distance]:
     """The distance of each pair, by its number."""
-    steps = [step for pair in pairs for step in _steps(pair)]
+    # Along A: reading forward is what disks are good at.
+    steps = sorted((step for pair in pairs for step in _steps(pair)), key=lambda step: step.a.tensor.offset)
     found = {pair.number: Distance() for pair in pairs}
     total, done = sum(step.nbytes for step in steps), 0
 
@@ -283,7 +288,6 @@ def _distances(
         if cancel and cancel.cancelled:
             raise Cancelled
 
-    # Along B where A is not there: reading forward is what disks are good at.
     with (
         closing(InputFile(models[0].path, models[0].state)) as file_a,
         closing(InputFile(models[1].path, models[1].state)) as file_b,
@@ -326,6 +330,11 @@ def _groups(tensors: Sequence[TensorDiff], layouts: Iterable[Layout]) -> list[Gr
     for tensor in tensors:
         members.setdefault(tensor.group, []).append(tensor)
     return [_group(name, every) for name, every in members.items() if every]
+
+
+def _total(tensors: Sequence[TensorDiff]) -> GroupDiff:
+    besides = (Role.schedule, Role.marker, Role.ema, Role.junk)
+    return _group("weights", [tensor for tensor in tensors if tensor.group not in besides])
 
 
 def _group(name: str, tensors: Sequence[TensorDiff]) -> GroupDiff:

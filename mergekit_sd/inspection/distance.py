@@ -18,6 +18,8 @@ from mergekit_sd.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_GLANCE = 64  # bytes
+
 
 @dataclass(slots=True)
 class Distance:
@@ -66,8 +68,8 @@ class Measurer:
 
     def __call__(self, a: memoryview, dtype_a: Dtype, b: memoryview, dtype_b: Dtype) -> Distance:
         """The distance of two pieces of equally many elements."""
-        # Only a bytearray's comparison is memcmp; a memoryview's goes by elements.
-        same = dtype_a == dtype_b and bytes(a) == b
+        # Bytes are compared as a block, where memoryviews are by elements; few pieces are worth the copy.
+        same = dtype_a == dtype_b and a[:_GLANCE] == b[:_GLANCE] and bytes(a) == b
         if dtype_a.is_float and dtype_b.is_float:
             wide = F64 in (dtype_a, dtype_b)
             return self._floats(as_tensor(a, dtype_a), as_tensor(b, dtype_b), same, wide)

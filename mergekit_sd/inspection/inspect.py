@@ -23,15 +23,19 @@ from mergekit_sd.inspection.scan import nonfinite_values
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A share of a file: its tensors by their stored names, and their size."""
+    """A share of a file: the size of each of its tensors, by their stored names."""
 
-    names: tuple[str, ...]
-    bytes: int
+    sizes: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """The size of them all."""
+        return sum(self.sizes.values())
 
     @property
     def tensors(self) -> int:
         """How many tensors they are."""
-        return len(self.names)
+        return len(self.sizes)
 
     def as_json(self) -> dict[str, object]:
         """Counts alone."""
@@ -42,10 +46,8 @@ class Share:
 class Inspection:
     """What `inspect` tells of a file.
 
-    `bytes` is the size of all tensors, `file_bytes` that of the file. `prunable` is what could go
-    without changing a picture (EMA copies and junk); None where the architecture is not known.
-    `weights_hashes` and `identity` are there only with hashes, `nonfinite` only with a scan.
-    `title` says the architecture in words.
+    `bytes` is the size of all tensors, `file_bytes` that of the file. `title` says the architecture
+    in words. `weights_hashes` and `identity` are there only with hashes, `nonfinite` only with a scan.
     """
 
     path: str
@@ -78,7 +80,7 @@ class Inspection:
 
     @property
     def prunable(self) -> int | None:
-        """Bytes that could go without changing a picture."""
+        """Bytes that could go without changing a picture; None where the architecture is not known."""
         return None if self.architecture is None else self.ema.bytes + self.junk.bytes
 
     def as_json(self) -> dict[str, object]:
@@ -98,7 +100,7 @@ class Inspection:
                 name: {**share.as_json(), "hash": hashes.get(name)} for name, share in self.components.items()
             },
             "ema": self.ema.as_json(),
-            "junk": {**self.junk.as_json(), "keys": list(self.junk.names)},
+            "junk": {**self.junk.as_json(), "keys": list(self.junk.sizes)},
             "prunable": self.prunable,
             "position_ids": self.position_ids and self.position_ids.as_json(),
             "metadata": dict(self.metadata),
@@ -120,12 +122,13 @@ def inspect_file(
 
     model = open_model(path)
     layout = detect(model.tensors)
+    architecture = layout.architecture
     return Inspection(
         path=str(path),
         format=model.format,
         kind=layout.kind,
-        architecture=layout.architecture and layout.architecture.name,
-        title=layout.architecture and layout.architecture.title,
+        architecture=None if architecture is None else architecture.name,
+        title=None if architecture is None else architecture.title,
         prediction=file_prediction(model, layout),
         tensors=len(model.tensors),
         bytes=sum(tensor.nbytes for tensor in model.tensors.values()),
@@ -169,5 +172,4 @@ def _roles(model: ModelFile, layout: Layout) -> dict[Role, Share]:
 
 
 def _share(tensors: Iterable[TensorInfo]) -> Share:
-    every = tuple(tensors)
-    return Share(tuple(tensor.name for tensor in every), sum(tensor.nbytes for tensor in every))
+    return Share({tensor.name: tensor.nbytes for tensor in tensors})

@@ -31,11 +31,16 @@ from mergekit_sd.recipe.load import Recipe
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is said beside the recipe. `anywhere`: outputs may lie outside the allowed folders."""
+    """What is said beside the recipe.
+
+    `anywhere`: outputs may lie outside the allowed folders. `search`: folders in which a model that
+    is not where the recipe says is looked for by its file's name.
+    """
 
     output_root: Path | None = None
     anywhere: bool = False
     metadata: MetadataStyle = "full"
+    search: tuple[Path, ...] = ()
     outputs: tuple[str, ...] = ()
     """The outputs to make; empty: all of them."""
 
@@ -46,7 +51,7 @@ def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
     if not names:
         raise recipe.error("There is nothing to make: the recipe has no [outputs].", (), hint="add [outputs.NAME]")
     used = reachable(recipe, names)
-    paths = resolve_inputs(recipe, used.models)
+    paths = resolve_inputs(recipe, used.models, options.search)
     targets = resolve_outputs(recipe, names, options.output_root, options.anywhere)
     check_apart(recipe, paths, targets)
     inputs = _open_inputs(paths)

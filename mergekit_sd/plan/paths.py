@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 
 from mergekit_sd.errors import OutputExists, OutputIsInput, RecipeError
 from mergekit_sd.recipe.load import Recipe
 from mergekit_sd.recipe.roots import input_path, load_roots, output_path
 
 
-def resolve_inputs(recipe: Recipe, names: list[str]) -> dict[str, Path]:
-    """The path of each model that is used."""
+def resolve_inputs(recipe: Recipe, names: list[str], search: Sequence[Path] = ()) -> dict[str, Path]:
+    """The path of each model that is used; one that is not there is looked for by name in `search`."""
     roots = load_roots()
-    return {name: input_path(recipe.models[name].file, recipe.folder, roots) for name in names}
+    paths = {name: input_path(recipe.models[name].file, recipe.folder, roots) for name in names}
+    for name, path in paths.items():
+        elsewhere = (folder / PureWindowsPath(path).name for folder in search)
+        paths[name] = path if path.exists() else next((found for found in elsewhere if found.is_file()), path)
+    return paths
 
 
 def resolve_outputs(recipe: Recipe, names: list[str], output_root: Path | None, anywhere: bool) -> dict[str, Path]:

@@ -20,16 +20,22 @@ FORBIDDEN = set(':/\\ \t"')
 
 def config_folder() -> Path:
     """The user's configuration folder; `MERGEKIT_SD_CONFIG` names another."""
-    if CONFIG_VARIABLE in os.environ:
-        return Path(os.environ[CONFIG_VARIABLE])
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named:
+        return Path(named)
     import platformdirs
 
     return Path(platformdirs.user_config_dir("mergekit-sd", appauthor=False))
 
 
+def roots_file() -> Path:
+    """Where the list is kept."""
+    return config_folder() / "roots.json"
+
+
 def load_roots() -> dict[str, Path]:
     """The registered roots, in the order of their registration."""
-    path = config_folder() / "roots.json"
+    path = roots_file()
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): Path(folder) for name, folder in entries.items()}
@@ -48,7 +54,7 @@ def add_root(name: str, folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UsageError("This is not a folder.", file=folder, hint="name a folder that exists")
     roots = load_roots() | {name: folder.resolve()}
-    path = config_folder() / "roots.json"
+    path = roots_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")

@@ -30,8 +30,8 @@ from typing_extensions import TypeAliasType
 from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
 from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.recipe.positions import KeyPath, Where, described
-from mergekit_sd.recipe.presets import PRESETS
 from mergekit_sd.recipe.samplers import DEFAULT_SAMPLER, SAMPLERS
+from mergekit_sd.recipe.weights import WEIGHTS_SCHEMA
 from mergekit_sd.text import did_you_mean, shown
 
 VERSION = 1
@@ -97,29 +97,7 @@ SamplerName = Annotated[str, _one_of("sampler", SAMPLERS), _enum(SAMPLERS)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Pixels = Annotated[int, Field(ge=64, le=8192, multiple_of=8)]
 
-Weights = TypeAliasType(
-    "Weights",
-    Annotated[
-        Any,
-        WithJsonSchema(
-            {
-                "description": "Per block: a number, a list (base first), a preset, or a table of selectors.",
-                "anyOf": [
-                    {"type": "number"},
-                    {"type": "array", "items": {"type": "number"}, "minItems": 19, "maxItems": 26},
-                    {"enum": list(PRESETS)},
-                    {"type": "string", "pattern": ","},
-                    {
-                        "type": "object",
-                        "minProperties": 1,
-                        "properties": {"preset": {"enum": list(PRESETS)}},
-                        "additionalProperties": {"type": "number"},
-                    },
-                ],
-            }
-        ),
-    ],
-)
+Weights = TypeAliasType("Weights", Annotated[Any, WithJsonSchema(WEIGHTS_SCHEMA)])
 
 # --- tables ---------------------------------------------------------------------------------------
 
@@ -267,6 +245,7 @@ class _Fault(NamedTuple):
     path: KeyPath
     message: str
     hint: str | None
+    missing: bool = False
 
 
 def _check_step(name: str, step: Mapping[str, Any], faults: list[_Fault]) -> Table | None:
@@ -295,7 +274,7 @@ def _first(faults: list[_Fault], where: Where) -> Exception:
     far = (1 << 62, 0)
     placed = [(where.positions.at((*where.path, *fault.path)) or far, fault) for fault in faults]
     # What is missing comes last: most often it is there, misspelt.
-    (_, first), *others = sorted(placed, key=lambda pair: (" needs the key " in pair[1].message, pair[0]))
+    (_, first), *others = sorted(placed, key=lambda pair: (pair[1].missing, pair[0]))
     details = [f"line {at[0]}: {fault.message}" if at != far else fault.message for at, fault in others]
     return where.at(*first.path).error(first.message, hint=first.hint, details=details)
 
@@ -340,7 +319,7 @@ def _fault(details: ErrorDetails, keys: _Keys) -> _Fault:
         return _Fault(path, context["say"], context["hint"])
     if kind == "missing":
         table, _ = keys[_pattern(path[:-1], keys)]
-        return _Fault(path[:-1], f'{table[0].upper()}{table[1:]} needs the key "{name}".', f"write {name} = …")
+        return _Fault(path[:-1], f'{table[0].upper()}{table[1:]} needs the key "{name}".', f"write {name} = …", True)
     if kind == "extra_forbidden":
         return _unknown_key(path, keys)
     if kind == "literal_error":

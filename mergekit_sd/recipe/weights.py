@@ -63,6 +63,21 @@ class Layout(Protocol):
 COUNTS = {26: 25, 25: 25, 20: 19, 19: 19}
 """How many numbers an array may have, and the blocks of the UNet that it is for."""
 COUNTS_IN_WORDS = "SD1 and SD2 take 26 numbers (base first) or 25, SDXL 20 or 19"
+WEIGHTS_SCHEMA: dict[str, Any] = {
+    "description": "Per block: a number, a list (base first), a preset, or a table of selectors.",
+    "anyOf": [
+        {"type": "number"},
+        {"type": "array", "items": {"type": "number"}, "minItems": 19, "maxItems": 26},
+        {"enum": list(PRESETS)},
+        {"type": "string", "pattern": ","},
+        {
+            "type": "object",
+            "minProperties": 1,
+            "properties": {"preset": {"enum": list(PRESETS)}},
+            "additionalProperties": {"type": "number"},
+        },
+    ],
+}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 

@@ -1,0 +1,72 @@
+"""recover, verify: where a merged file came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import mergekit_sd as mk
+from mergekit_sd.cli.options import json_option, threads_option
+from mergekit_sd.cli.show import Talk, print_json
+from mergekit_sd.errors import PinMismatch, UsageError
+from mergekit_sd.text import count, shown
+
+FILE = click.argument("file", type=click.Path(path_type=Path))
+
+
+@click.command("recover")
+@FILE
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the recipe to this file.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@json_option
+def recover_command(file: Path, output: Path | None, force: bool, as_json: bool) -> None:
+    """Get the recipe back out of a merged file's metadata: ours, A1111's or supermerger's."""
+    found = mk.recover(file)
+    comments = [f"recovered from {shown(file.name)} ({found.source})", *found.notes]
+    comments += [f"{shown(name)}: content hash of what was used {digest}" for name, digest in found.content.items()]
+    text = mk.recipe_text(found.data, comments)
+    if output:
+        if output.exists() and not force:
+            raise UsageError("The recipe file exists already.", file=output, hint="give --force to replace it")
+        output.write_text(text, encoding="utf-8")
+    if as_json:
+        report = {"source": found.source, "recipe": found.data, "content": dict(found.content)}
+        print_json(report | {"notes": list(found.notes)})
+    elif not output:
+        click.echo(text, nl=False)
+    else:
+        click.echo(f"{shown(str(output))}: written; its models are looked for beside it", err=True)
+
+
+@click.command("verify")
+@FILE
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Look for the models here, too; else beside the file and under the roots.",
+)
+@threads_option
+@json_option
+@click.pass_obj
+def verify_command(
+    token: mk.CancelToken, /, file: Path, models: Path | None, threads: int | None, as_json: bool
+) -> None:
+    """Make a file again from the recipe in it and compare every byte. Nothing is written.
+
+    Ends with 3 where the file or one of its models differs.
+    """
+    with Talk(as_json) as talk:
+        result = mk.verify(file, models=models, threads=threads, on_event=talk, cancel=token)
+    if not result.same:
+        raise PinMismatch(
+            f"The file is not what its recipe makes: {count(len(result.different), 'tensor')} differ.",
+            file=file,
+            hint="it was changed after the merge, or made by another version",
+            details=[shown(name) for name in result.different],
+        )
+    if as_json:
+        print_json({"path": str(file), "same": True, "inputs": dict(result.inputs)})
+    else:
+        click.echo(f"{shown(str(file))}: the same bytes as its recipe makes")
