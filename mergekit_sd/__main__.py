@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
 
 def main() -> None:
     """Run the command line; never shows a traceback for Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
     try:
         from mergekit_sd.cli.main import run
 
@@ -14,6 +19,11 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    """Before and after `run` nothing is held: no import can swallow this, no shutdown can stumble over it."""
+    os._exit(130)
 
 
 if __name__ == "__main__":

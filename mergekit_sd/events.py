@@ -6,7 +6,6 @@ Must not know who listens. Events are frozen values; `as_json()` is the line tha
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -71,7 +70,7 @@ class CancelToken:
     """Asks a run to stop. Safe to set from a signal handler or another thread."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._cancelled = False  # no threading.Event: a signal handler that interrupts itself would wait for its lock
         self.listening = False
         """Whether a run is under way that will see the token: then a signal handler need not raise."""
 
@@ -86,12 +85,12 @@ class CancelToken:
 
     def cancel(self) -> None:
         """Ask; the run stops at the next chunk, removes what it wrote and raises Cancelled."""
-        self._event.set()
+        self._cancelled = True
 
     @property
     def cancelled(self) -> bool:
         """Whether someone asked."""
-        return self._event.is_set()
+        return self._cancelled
 
 
 def ignore(_: Event) -> None:

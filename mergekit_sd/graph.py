@@ -72,6 +72,9 @@ def _step(operation: Operation, given: tuple[Node, ...], keywords: dict[str, Any
     operands |= {name: keywords.pop(name) for name in names if name in keywords and name not in operands}
     if len(given) > len(names) or set(operands) != set(names):
         raise UsageError(f"{operation.name} takes {len(names)} models: {', '.join(names)}.", hint="see ops NAME")
+    for name, operand in operands.items():
+        if not isinstance(operand, ModelNode | StepNode):
+            raise UsageError(f"{name} of {operation.name} is no model but {operand!r}.", hint="open it: mk.open(path)")
     known = {parameter.name for parameter in operation.parameters} | {"extrapolate"}
     for name in keywords:
         if name not in known:
@@ -84,7 +87,7 @@ def graph_data(node: Node, output: Mapping[str, Any], vae: Node | None = None, *
     models: dict[str, Any] = {}
     steps: dict[str, Any] = {}
     names: dict[int, str] = {}
-    for each in [*_in_order(node), *([vae] if vae else [])]:
+    for each in dict.fromkeys([*_in_order(node), *(_in_order(vae) if vae else ())]):
         if isinstance(each, ModelNode):
             name = _free_name(each.file.path.stem, models, steps)
             entry = {"file": str(each.file.path.absolute())}

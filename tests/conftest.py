@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import models
 import pytest
+from hypothesis import settings
 
-from tests import models
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("quiet", deadline=None)
+settings.load_profile("quiet")
 
 
 @pytest.fixture(autouse=True)

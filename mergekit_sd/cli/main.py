@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -46,6 +48,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "completion": ("setup", "Print the shell completion script."),
     },
 }
+
+
+IMPATIENCE = 1.0  # seconds after which one more Ctrl-C is meant anew
 
 
 class Group(click.Group):
@@ -139,22 +144,41 @@ def _tell_bug(error: Exception) -> int:
 
 @contextlib.contextmanager
 def _interruptible(token: CancelToken) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a run through its token, everything else at once; later signals change nothing."""
+    """Signals end a run through its token, everything else at once; more of them within a second change nothing."""
+    raised = -math.inf
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
-        first = not token.cancelled
+        nonlocal raised
         token.cancel()
-        if first and not token.listening:
+        if not token.listening and time.monotonic() - raised > IMPATIENCE:
+            raised = time.monotonic()  # should some import have swallowed it, the next Ctrl-C raises again
             raise KeyboardInterrupt
 
-    former: dict[signal.Signals, Any] = {}
+    former: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _signals():
             former[number] = signal.signal(number, handle)
     except ValueError:  # not in the main thread: the caller's handlers stay
         pass
+    hook, sys.unraisablehook = sys.unraisablehook, _tell_unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _signals() -> list[int]:
+    """Ctrl-C, `kill`, a closed terminal (unless under nohup), Ctrl-Break; as far as the platform has them."""
+    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
+        found.append(hangup)
+    return found
+
+
+def _tell_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """As Python does, but for a Ctrl-C that lands in a callback of the garbage collector: the token knows of it."""
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)

@@ -61,7 +61,7 @@ def verify_command(
         result = mk.verify(file, models=models, threads=threads, on_event=talk, cancel=token)
     if not result.same:
         raise PinMismatch(
-            f"The file is not what its recipe makes: {count(len(result.different), 'tensor')} differ.",
+            f"The file is not what its recipe makes; {count(len(result.different), 'part')} of it differ:",
             file=file,
             hint="it was changed after the merge, or made by another version",
             details=[shown(name) for name in result.different],

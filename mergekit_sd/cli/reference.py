@@ -21,8 +21,6 @@ ONLY_SD1 = {f"{side}{number:02}" for side in ("IN", "OUT") for number in (9, 10,
 
 # --- ops ----------------------------------------------------------------------------------------------
 
-SPACES = {"weight": "a model", "delta": "a difference of models", "same": "a model or a difference, all alike"}
-
 
 def _complete_ops(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
     operations = [each for section in mk.by_purpose().values() for each in section]
@@ -55,12 +53,11 @@ def ops_command(name: str | None, as_json: bool) -> None:
 def _print_operation(operation: dict[str, Any]) -> None:
     click.echo(entry(operation["name"], operation["summary"], 2, indent=0))
     if operation["notes"]:
-        click.echo(entry("", operation["notes"], 2))
+        click.echo(entry("", operation["notes"], 2, indent=0))
     click.echo()
     lines = [("for", operation["purpose"]), ("formula", operation["formula"])]
-    lines += [(each["name"], SPACES[each["space"]]) for each in operation["operands"]]
-    lines += [(each["name"], _parameter(each)) for each in operation["parameters"]]
-    lines.append(("gives", SPACES[operation["result"]]))
+    lines += [(each["name"], each["takes"]) for each in (*operation["operands"], *operation["parameters"])]
+    lines.append(("gives", operation["gives"]))
     lines.append(("works", "on whole tensors" if operation["whole_tensor"] else "streaming, in small pieces"))
     for fold in operation["folds"]:
         where = ", ".join(f"{name} = {value:g}" for name, value in fold["where"].items())
@@ -74,15 +71,6 @@ def _print_operation(operation: dict[str, Any]) -> None:
     click.echo("".join(f"  {line}\n" if line else "\n" for line in operation["recipe"].splitlines()))
     if operation["command"]:
         click.echo(f"Without a recipe:\n\n  {_folded(operation['command'])}")
-
-
-def _parameter(parameter: dict[str, Any]) -> str:
-    default, low, high = parameter["default"], parameter["low"], parameter["high"]
-    given = "must be given" if default is None else f"{default:g} unless given"
-    if low is None and high is None:
-        return f"{given}; per block, any number"
-    ends = ["any" if end is None else f"{end:g}" for end in (low, high)]
-    return f"{given}; per block, {ends[0]} to {ends[1]} (beyond: extrapolate = true)"
 
 
 def _folded(command: str) -> str:
@@ -168,6 +156,6 @@ def _print_preset(preset: dict[str, Any]) -> None:
 
 @click.command("schema")
 @json_option
-def schema_command(as_json: bool) -> None:
+def schema_command(as_json: bool) -> None:  # noqa: ARG001  (every command that reports takes it)
     """Print the JSON Schema of a recipe, for editors; it is JSON with or without --json."""
     print_json(mk.recipe_json_schema())

@@ -86,7 +86,8 @@ def execute(
 ) -> Made:
     """Make every output of a plan, one after the other, each appearing as it is done."""
     check_targets(plan, options.force)
-    run = _Run(plan, options, check_pins(plan), Leaves(), on_event, cancel or CancelToken())
+    cancel = cancel or CancelToken()
+    run = _Run(plan, options, check_pins(plan, cancel), Leaves(), on_event, cancel)
     for warning in plan.warnings:
         on_event(Noted(warning))
     reports = tuple(write_output(run, output) for output in plan.outputs)
@@ -105,14 +106,15 @@ def compare(
     Returns the names of the tensors that differ ("(header)" for the header); raises PinMismatch
     where the file's size shows it at once.
     """
-    files = check_pins(plan)
+    cancel = cancel or CancelToken()
+    files = check_pins(plan, cancel)
     output = place_output(plan, plan.outputs[0], files)
     there = open_input(path)
     try:
         if there.state.size != output.size:
             raise PinMismatch(f"The file has {there.state.size:,} bytes, its recipe makes {output.size:,}.", file=path)
         sink = Comparison(there, [tensor.info for tensor in output.tensors])
-        run = _Run(plan, options, files, Leaves(), on_event, cancel or CancelToken())
+        run = _Run(plan, options, files, Leaves(), on_event, cancel)
         on_event(OutputStarted(output.name, str(path), output.size))
         stream(run, output, sink)
         there.check_unchanged()
@@ -141,13 +143,18 @@ class _Run:
         return {self.plan.inputs[n].name: self.leaves.content_hash(n, used[n]) for n in sorted(used)}
 
 
-def check_pins(plan: Plan) -> dict[int, FileHashes]:
+def check_pins(plan: Plan, cancel: CancelToken | None = None) -> dict[int, FileHashes]:
     """The file hashes that are pinned or asked for. Raises PinMismatch before a byte is written."""
+
+    def check(_done: int) -> None:
+        if cancel and cancel.cancelled:
+            raise Cancelled
+
     files = {}
     for number, source in enumerate(plan.inputs):
         pin = plan.recipe.models[source.name].sha256
         if pin or plan.metadata == "webui":
-            files[number] = file_hashes(source.file.path)
+            files[number] = file_hashes(source.file.path, check)
         if pin and files[number].sha256 != pin.lower():
             place = plan.recipe.error("", ("models", source.name, "sha256"))
             raise PinMismatch(
@@ -245,7 +252,7 @@ def _opened(plan: Plan) -> Iterator[list[InputFile]]:
 def thread_count(output: PlannedOutput, options: RunOptions) -> int:
     """As many threads as cores (or as asked for), as far as their buffers fit the memory budget."""
     registers = max((t.program.registers for t in output.tensors if t.how in ("merged", "cast")), default=0)
-    each = CHUNK * 4 * (registers + 2)  # float32 registers, and a raw buffer in and out
+    each = CHUNK * 4 * (registers + 4)  # float32 registers; a raw buffer in and one out, of up to 8 bytes an element
     return max(1, min(options.threads or default_threads(), options.memory // each))
 
 
@@ -275,14 +282,18 @@ def _work(
             return next(tasks, None)
 
     def work() -> None:
-        torch.set_num_threads(1)  # of this thread only: the caller's setting stays
+        torch.set_num_threads(1)
         clamp = output.spec.overflow == "clamp"
         worker = Worker(inputs, sink, ledger, check, hashing=run.options.hashing, scan=run.options.scan, clamp=clamp)
         while task := next_task():
             check()
             worker.do(task)
 
-    _wait([work] * thread_count(output, run.options), tell, run.cancel, stop.set)
+    threads = torch.get_num_threads()
+    try:
+        _wait([work] * thread_count(output, run.options), tell, run.cancel, stop.set)
+    finally:
+        torch.set_num_threads(threads)  # the workers' 1 is also what threads begun later would get
 
 
 def _wait(
@@ -300,11 +311,9 @@ def _wait(
         threading.Thread(target=_caught, args=(call, errors, hurry), name=f"merge-{number}")
         for number, call in enumerate(calls)
     ]
-    started = []
     try:
         for thread in threads:
             thread.start()
-            started.append(thread)
         for thread in threads:
             while thread.is_alive():
                 thread.join(TICK)
@@ -315,10 +324,21 @@ def _wait(
         hurry()
         raise
     finally:
-        for thread in started:
-            thread.join()
+        _joined(threads)
     if errors:
         raise errors[0]
+
+
+def _joined(threads: Sequence[threading.Thread]) -> None:
+    """Wait for threads to end, whatever comes: what they read and write is closed next."""
+    interrupt: KeyboardInterrupt | None = None
+    while alive := [thread for thread in threads if thread.is_alive()]:
+        try:
+            alive[0].join()
+        except KeyboardInterrupt as error:  # a caller without a token, impatient
+            interrupt = error
+    if interrupt:
+        raise interrupt
 
 
 def _caught(call: Callable[[], None], errors: list[BaseException], hurry: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from mergekit_sd.execute.ledger import LeafHasher, Ledger
 from mergekit_sd.execute.tasks import CHUNK, PAD, Task
-from mergekit_sd.formats.dtypes import F32, Dtype
+from mergekit_sd.formats.dtypes import F32, F64, Dtype
 from mergekit_sd.formats.reading import InputFile
 from mergekit_sd.lazy import torch
 from mergekit_sd.operations.types import Tensor
@@ -109,8 +109,8 @@ class Worker:
             source.read_into(data, read.tensor.offset + start)
             if scan:
                 elements = len(data) // read.dtype.itemsize
-                values = self._raw.as_dtype(read.dtype)[:elements].to(torch.float32)
-                self._find_nonfinite(tensor, values)
+                values = self._raw.as_dtype(read.dtype)[:elements]
+                self._find_nonfinite(tensor, values if read.dtype == F64 else values.to(torch.float32))
             self._emit(tensor, data, start, hasher)
         self._keep_made(hasher, tensor, task.start)
         self._keep_read(hasher, read, task.start)

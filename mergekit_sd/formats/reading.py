@@ -96,5 +96,7 @@ class InputFile:
         )
 
     def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self._file.descriptor)
+        """Close the descriptor; its number may be another file's a moment later, so only once."""
+        descriptor, self._file.descriptor = self._file.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)

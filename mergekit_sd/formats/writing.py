@@ -17,6 +17,7 @@ import os
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,13 @@ TEMPORARY_SUFFIX = ".mergekit-sd.tmp"
 LONGEST_NAME = 255
 COPY_PIECE = 1 << 20
 CLAIM_TRIES = 10
+CLAIM_PAUSE = 0.02  # seconds: a sweep looks at a file for far less
+RENAME_TRIES = 20
+RENAME_PAUSE = 0.05  # seconds: on Windows, virus scanners hold a new file for a moment
 FLUSH_INTERVAL = 0.15  # seconds between flushes behind the writers
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
 
 _WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
@@ -38,6 +45,22 @@ _WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW
 def free_bytes(folder: Path) -> int:
     """Bytes that this user can still write on the folder's disk."""
     return shutil.disk_usage(folder).free
+
+
+def check_target(target: Path) -> None:
+    """Only a regular file is replaced: no folder, device, pipe, or loop of links."""
+    try:
+        mode = Path(os.path.realpath(target)).lstat().st_mode
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError("The output's name is too long.", file=target, hint="choose a shorter one") from None
+        return  # not there yet; what else is wrong, `check_folder` tells
+    if stat.S_ISDIR(mode):
+        raise UsageError("The output is a folder.", file=target, hint="name a file in it")
+    if stat.S_ISLNK(mode):
+        raise UsageError("The output is a loop of links.", file=target, hint="remove the links, or name another file")
+    if not stat.S_ISREG(mode):
+        raise UsageError("The output is a device or a pipe, not a file.", file=target, hint="name a regular file")
 
 
 def check_folder(folder: Path, needed: int) -> None:
@@ -68,22 +91,21 @@ class OutputFile:
         self.target = Path(os.path.realpath(target))  # a symlinked target is followed
         self.length = length
         folder = self.target.parent
-        if self.target.is_dir():
-            raise UsageError("The output is a folder.", file=self.target, hint="name a file in it")
+        check_target(self.target)
         check_folder(folder, length)
         sweep(folder)
         self.temporary = folder / _temporary_name(self.target.name)
-        self._committed = False
+        self._file = Positional(-1)
         self._flusher: _Flusher | None = None
-        with self._told():
-            self._file = Positional(_claim(self.temporary, self.target))
+        self._over = False
         try:
             with self._told():
+                self._file.descriptor = _claim(self.temporary, self.target)
                 _preallocate(self._file.descriptor, length)
+            self._flusher = _Flusher(self._file.descriptor)
         except BaseException:
             self.abort()
             raise
-        self._flusher = _Flusher(self._file.descriptor)
 
     def write(self, buffer: memoryview, offset: int) -> None:
         """Write all of `buffer` at `offset`; from any thread."""
@@ -108,20 +130,21 @@ class OutputFile:
             done += len(piece)
 
     def _copy_in_kernel(self, source: InputFile, source_offset: int, offset: int, length: int) -> int:
+        """How many bytes the kernel copied; after an error none, and the buffered copy tells whose fault it is."""
         if not hasattr(os, "copy_file_range"):
             return 0
         try:
             return os.copy_file_range(source.descriptor, self._file.descriptor, length, source_offset, offset)
-        except OSError as error:
-            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                return 0  # another file system, or one that cannot: through a buffer instead
-            raise self._fault(error) from error
+        except OSError:
+            return 0
 
     def sync(self) -> None:
         """Bring everything that was written onto the disk."""
         with self._told():
             if self._flusher:
                 self._flusher.stop()
+                if self._flusher.error:
+                    raise self._flusher.error
             os.fsync(self._file.descriptor)
 
     def give_up(self) -> None:
@@ -135,41 +158,53 @@ class OutputFile:
             if WINDOWS:
                 self._close()  # Windows renames only closed files
             self._rename()
-            self._committed = True
+            self._over = True
             _sync_folder(self.target.parent)
             self._close()
 
     def _rename(self) -> None:
-        try:
-            self.temporary.replace(self.target)
-        except PermissionError:
-            if not WINDOWS:
-                raise
-            spare = self.target.with_name(f"{self.target.stem}.finished{self.target.suffix}")
-            self.temporary.replace(spare)
-            self._committed = True
-            raise TargetBusy(
-                f"Another program holds the target open, so the finished file is called {shown(spare.name)}.",
-                file=self.target,
-                hint="unload the old file there, then rename the finished one",
-            ) from None
+        for attempt in range(RENAME_TRIES):
+            try:
+                self.temporary.replace(self.target)
+                return
+            except PermissionError:
+                if not WINDOWS:
+                    raise
+                time.sleep(RENAME_PAUSE if attempt + 1 < RENAME_TRIES else 0)
+        spare = _spare(self.target)
+        self.temporary.replace(spare)
+        self._over = True
+        raise TargetBusy(
+            f"Another program holds the target open, so the finished file is called {shown(spare.name)}.",
+            file=self.target,
+            hint="unload the old file there, then rename the finished one",
+        )
 
     def abort(self) -> None:
-        """Remove what was written; the target stays as it was."""
-        if self._committed:
-            self._close()
-            return
-        self.give_up()
-        if self._flusher:
+        """Remove what was written, unless it is committed; the target stays as it was."""
+        try:
+            if not self._over and self._owns_temporary():
+                self.give_up()
+                if WINDOWS:
+                    self._close()  # Windows removes only closed files
+                self.temporary.unlink(missing_ok=True)  # before the lock goes with the descriptor
+        except OSError:
+            pass  # a later run sweeps it
+        finally:
+            self._over = True
             with contextlib.suppress(OSError):
-                self._flusher.stop()
-        if WINDOWS:
-            self._close()
-        with contextlib.suppress(OSError):
-            self.temporary.unlink()
-        self._close()
+                self._close()
+
+    def _owns_temporary(self) -> bool:
+        """Whether the temporary name is still this file: an interrupt may have hidden that the rename was done."""
+        if self._file.descriptor < 0:
+            return WINDOWS and self._flusher is not None  # closed to be renamed; never opened otherwise
+        return _is_still(self.temporary, self._file.descriptor)
 
     def _close(self) -> None:
+        """Close the descriptor once nobody uses it: its number may be another file's a moment later."""
+        if self._flusher:
+            self._flusher.stop()
         descriptor, self._file.descriptor = self._file.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -182,15 +217,21 @@ class OutputFile:
             raise self._fault(error) from error
 
     def _fault(self, error: OSError) -> EnvironmentFault:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FULL:
+            return NotWritable(f"Writing failed: {error.strerror or error}.", file=self.target, hint="check the disk")
+        try:
             free = free_bytes(self.target.parent)
-            return DiskFull(
-                f"The disk or quota ran full: {self.length:,} bytes ({size(self.length)}) needed, "
-                f"{free:,} bytes ({size(free)}) free. Nothing was left behind.",
-                file=self.target,
-                hint="free some space, or write to another disk (--output-root)",
-            )
-        return NotWritable(f"Writing failed: {error.strerror or error}.", file=self.target, hint="check the disk")
+        except OSError:
+            free = 0
+        what, hint = "The disk or quota ran full", "free some space, or write to another disk (--output-root)"
+        if error.errno == errno.EFBIG:
+            what, hint = "A file of this size is not allowed here", "raise the limit (ulimit -f), or take another disk"
+        return DiskFull(
+            f"{what}: {self.length:,} bytes ({size(self.length)}) needed, "
+            f"{free:,} bytes ({size(free)}) free. Nothing was left behind.",
+            file=self.target,
+            hint=hint,
+        )
 
     def __enter__(self) -> OutputFile:
         return self
@@ -202,14 +243,13 @@ class OutputFile:
 class _Flusher:
     """Flushes behind the writers, so that the last sync has little left to do.
 
-    A write error that the kernel reports to a flush is reported once only: it is kept and raised
-    by `stop()`.
+    A write error that the kernel reports to a flush is reported once only: it is kept in `error`.
     """
 
     def __init__(self, descriptor: int) -> None:
+        self.error: OSError | None = None
         self._descriptor = descriptor
         self._stop = threading.Event()
-        self._error: OSError | None = None
         self._thread: threading.Thread | None = None
         if hasattr(os, "fdatasync"):
             self._thread = threading.Thread(target=self._run, name="flusher", daemon=True)
@@ -220,36 +260,36 @@ class _Flusher:
             try:
                 os.fdatasync(self._descriptor)
             except OSError as error:
-                self._error = error
+                self.error = error
                 return
 
     def stop(self) -> None:
+        """End it, and wait for a flush under way; `error` is final then."""
         self._stop.set()
         if self._thread:
             self._thread.join()
-        if self._error:
-            raise self._error
 
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files that killed runs left in a folder; those of live runs stay."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            if not stat.S_ISREG(path.lstat().st_mode):
-                continue
-            descriptor = os.open(path, _WRITE_FLAGS)
-            try:
-                if _lock(descriptor) and _is_still(path, descriptor):
-                    _unlink_stale(path, descriptor)
-            finally:
-                if not WINDOWS:
-                    os.close(descriptor)
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            _sweep_one(path)
 
 
-def _unlink_stale(path: Path, descriptor: int) -> None:
-    if WINDOWS:
-        os.close(descriptor)
-    path.unlink()
+def _sweep_one(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return
+        descriptor = os.open(path, _WRITE_FLAGS)
+        try:
+            dead = _lock(descriptor) and _is_still(path, descriptor)
+            if dead and not WINDOWS:
+                path.unlink()  # while it is locked: nobody can take it for their own
+        finally:
+            os.close(descriptor)
+        if dead and WINDOWS:
+            path.unlink()  # only closed files can be removed there, and none that another run has opened since
 
 
 def _temporary_name(name: str) -> str:
@@ -259,13 +299,29 @@ def _temporary_name(name: str) -> str:
     return f".{hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()}{TEMPORARY_SUFFIX}"
 
 
+def _spare(target: Path) -> Path:
+    """A name beside the target that no file has yet."""
+    stem, number = target.stem, 1
+    while True:
+        name = f"{stem}.finished{'' if number == 1 else f'-{number}'}{target.suffix}"
+        if stem and len(os.fsencode(name)) > LONGEST_NAME:
+            stem = stem[:-1]
+        elif target.with_name(name).exists():
+            number += 1
+        else:
+            return target.with_name(name)
+
+
 def _claim(temporary: Path, target: Path) -> int:
     """Create and lock the temporary file; a live one of another run raises TargetLocked."""
     for _ in range(CLAIM_TRIES):
         try:
             descriptor = os.open(temporary, _WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)  # mode by umask
         except FileExistsError:
-            break
+            # A live run's; or a dead one's, that another run's sweep has locked for a moment.
+            time.sleep(CLAIM_PAUSE)
+            _sweep_one(temporary)
+            continue
         # Between creating and locking, another run's sweep may take it for a leftover: try again.
         if _lock(descriptor) is not False and _is_still(temporary, descriptor):
             return descriptor
@@ -317,6 +373,8 @@ def _lock_on_windows(descriptor: int) -> bool:
 
 def _preallocate(descriptor: int, length: int) -> None:
     """Reserve the room, so that a full disk or quota shows before any work is done."""
+    if WINDOWS:
+        return  # its `ftruncate` would write the whole length in zeros first
     if length and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, length)
@@ -331,8 +389,12 @@ def _sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut. Windows has no such call and needs none."""
     if WINDOWS:
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:  # file systems that cannot, folders that may not be read
+            raise

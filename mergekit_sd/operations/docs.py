@@ -19,7 +19,7 @@ from mergekit_sd.text import did_you_mean, shown
 ANY = 0.37  # stands for any number when folds are looked for
 SPACES = {
     "weight": "a model",
-    "delta": "a difference of models (a delta)",
+    "delta": "a difference of models",
     "same": "a model or a difference, all alike",
 }
 STREAMING = {False: "streamed in small pieces", True: "works on whole tensors, one after the other"}
@@ -71,12 +71,21 @@ def describe_operation(operation: Operation) -> dict[str, Any]:
         "summary": operation.summary,
         "notes": notes(operation),
         "formula": operation.formula,
-        "operands": [{"name": each.name, "space": each.space} for each in operation.operands],
+        "operands": [
+            {"name": each.name, "space": each.space, "takes": SPACES[each.space]} for each in operation.operands
+        ],
         "parameters": [
-            {"name": each.name, "default": each.default, "low": each.low, "high": each.high}
+            {
+                "name": each.name,
+                "default": each.default,
+                "low": each.low,
+                "high": each.high,
+                "takes": parameter_words(each),
+            }
             for each in operation.parameters
         ],
         "result": operation.result,
+        "gives": SPACES[operation.result],
         "whole_tensor": operation.whole,
         "folds": [{"where": where, "copy_of": operand} for where, operand in folds(operation)],
         "also": list(operation.also),
@@ -109,8 +118,8 @@ def parameter_words(parameter: Parameter) -> str:
     default = "must be given" if parameter.default is None else f"{parameter.default:g} unless given"
     if parameter.low is None and parameter.high is None:
         return f"{default}; per block, any number"
-    low = "any" if parameter.low is None else f"{parameter.low:g}"
-    return f"{default}; per block, {low} to {'any' if parameter.high is None else f'{parameter.high:g}'}"
+    low, high = ("any" if end is None else f"{end:g}" for end in (parameter.low, parameter.high))
+    return f"{default}; per block, {low} to {high} (beyond: extrapolate = true)"
 
 
 def fold_words(operation: Operation) -> Iterator[str]:
@@ -173,8 +182,8 @@ HEAD = """# Operations
 
 Each operation is one pure function in `mergekit_sd/operations/`; what follows is read off its signature.
 `mergekit-sd ops NAME` shows the same, and finds an operation by another tool's name for it.
-A parameter takes a number, a preset, a list, or a table of blocks; a number outside its bounds needs
-`extrapolate = true`. Where the result equals an operand, its tensors are copied, not computed.
+A parameter takes a number, a preset, a list, or a table of blocks.
+Where the result equals an operand, its tensors are copied, not computed.
 """
 
 

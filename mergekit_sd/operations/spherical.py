@@ -11,6 +11,8 @@ from mergekit_sd.operations.types import Out, PerBlock, Same, Tensor
 
 # Below this angle (radians) the sine's quotient loses more than a straight line does.
 NEARLY_PARALLEL = 1e-4
+# A tensor this much smaller than the other is as good as zero, and its share would overflow float32.
+NEARLY_ZERO = 1e-30
 PIECE = 1 << 20
 
 
@@ -36,7 +38,8 @@ def slerp(a: Same, b: Same, *, alpha: PerBlock = 0.5, out: Out = None) -> Same:
     norm_a, norm_b = math.sqrt(dot(a, a)), math.sqrt(dot(b, b))
     cosine = dot(a, b) / (norm_a * norm_b) if norm_a and norm_b else 1.0
     angle = math.acos(max(-1.0, min(1.0, cosine))) if math.isfinite(cosine) else 0.0
-    if not NEARLY_PARALLEL < angle < math.pi - NEARLY_PARALLEL:
+    unlike = min(norm_a, norm_b) <= NEARLY_ZERO * max(norm_a, norm_b)
+    if unlike or not NEARLY_PARALLEL < angle < math.pi - NEARLY_PARALLEL:
         return torch.lerp(a, b, alpha, out=out)
     norm = (1.0 - alpha) * norm_a + alpha * norm_b
     share_a = math.sin((1.0 - alpha) * angle) / math.sin(angle) * norm / norm_a

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_sd.architectures import detect
-from mergekit_sd.errors import UsageError
 from mergekit_sd.formats.dtypes import Dtype
 from mergekit_sd.formats.hashing import FileHashes
 from mergekit_sd.formats.header import Header, build_header
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import TensorInfo
-from mergekit_sd.formats.writing import check_folder
+from mergekit_sd.formats.writing import check_folder, check_target
 from mergekit_sd.plan.expression import Constant, Expression, Read, inputs_of
 from mergekit_sd.plan.metadata import build_metadata
 from mergekit_sd.plan.models import Model, StepReport, apply_step, model_of_file
@@ -68,8 +67,7 @@ def check_targets(plan: Plan, force: bool) -> None:
     check_new({output.name: output.path for output in plan.outputs}, force)
     needed: dict[Path, int] = {}
     for output in plan.outputs:
-        if output.path.is_dir():
-            raise UsageError(f'The output "{output.name}" is a folder.', file=output.path, hint="name a file in it")
+        check_target(output.path)
         folder = output.path.resolve().parent
         needed[folder] = needed.get(folder, 0) + output.size
     for folder, size in needed.items():

@@ -6,6 +6,7 @@ files on disk, torch, or where the expression came from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -133,8 +134,13 @@ def inputs_of(expression: Expression) -> frozenset[int]:
     return frozenset(node.input for node in _in_order(expression) if isinstance(node, Read))
 
 
-def _in_order(expression: Expression) -> list[Expression]:
-    """Every node once, operands before what uses them. A loop, not recursion: chains may be long."""
+def _in_order(
+    expression: Expression, first: Callable[[Expression], tuple[Expression, ...]] = _operands
+) -> list[Expression]:
+    """Every node once, operands before what uses them. A loop, not recursion: chains may be long.
+
+    `first` gives a node's operands in the order in which they are to be made.
+    """
     order: list[Expression] = []
     seen: set[int] = set()
     stack: list[tuple[Expression, bool]] = [(expression, False)]
@@ -145,13 +151,30 @@ def _in_order(expression: Expression) -> list[Expression]:
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            stack.extend((operand, False) for operand in reversed(_operands(node)))
+            stack.extend((operand, False) for operand in reversed(first(node)))
     return order
+
+
+def _in_frugal_order(expression: Expression) -> list[Expression]:
+    """The order that needs few registers: of a node's operands, the one that needs most comes first.
+
+    Sethi and Ullman, "The generation of optimal code for arithmetic expressions" (1970).
+    """
+    needs: dict[int, int] = {}
+
+    def hungriest_first(node: Expression) -> tuple[Expression, ...]:
+        return tuple(sorted(_operands(node), key=lambda operand: -needs[id(operand)]))
+
+    for node in _in_order(expression):
+        operands = hungriest_first(node)
+        held = [needs[id(operand)] + number for number, operand in enumerate(operands)]
+        needs[id(node)] = max(len(operands) + 1, *held) if held else 1
+    return _in_order(expression, hungriest_first)
 
 
 def compile_expression(expression: Expression) -> Program:
     """Translate an expression into a program with as few registers as its order allows."""
-    order = _in_order(expression)
+    order = _in_frugal_order(expression)
     last_use = {id(operand): index for index, node in enumerate(order) for operand in _operands(node)}
     register: dict[int, int] = {}
     free: list[int] = []

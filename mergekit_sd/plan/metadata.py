@@ -95,14 +95,14 @@ def _modelspec(plan: Plan, output: PlannedOutput) -> dict[str, str]:
     architecture = output.layout.architecture
     if architecture is None:
         return {}
-    used = sorted(output.reads())
+    parents = sorted(plan.inputs[number].name for number in output.reads())  # the order in the file is no matter
     fields = {
         "sai_model_spec": "1.0.1",
         "architecture": architecture.modelspec,
         "implementation": IMPLEMENTATION,
         "title": plan.recipe.title or output.name,
         "resolution": f"{architecture.resolution}x{architecture.resolution}",
-        "merged_from": ", ".join(PureWindowsPath(plan.recipe.models[plan.inputs[n].name].file).name for n in used),
+        "merged_from": ", ".join(PureWindowsPath(plan.recipe.models[name].file).name for name in parents),
     }
     if output.prediction:
         fields["prediction_type"] = output.prediction
@@ -114,22 +114,25 @@ def _modelspec(plan: Plan, output: PlannedOutput) -> dict[str, str]:
 def _a1111(plan: Plan, output: PlannedOutput, files: Mapping[int, FileHashes]) -> dict[str, str]:
     """`sd_merge_recipe` and `sd_merge_models` as the WebUI's checkpoint merger writes them."""
     used = reachable(plan.recipe, [output.name])
-    steps = [plan.recipe.data["steps"][name] for name in used.steps]
-    numbers = [number for number, each in enumerate(plan.inputs) if each.name in used.models]
+    steps = [plan.recipe.steps[name] for name in used.steps]
+    by_name = {each.name: number for number, each in enumerate(plan.inputs)}
+    merged = {output.spec.model, *(name for step in steps for name in step.operands.values())}
+    parents = sorted(used.models, key=lambda name: (name not in merged, name))  # a VAE that is baked comes last
     if len(steps) == 1:  # A1111's own order: primary, secondary, tertiary
-        by_name = {plan.inputs[number].name: number for number in numbers}
-        operands = [by_name[steps[0][key]] for key in ("a", "b", "c") if steps[0].get(key) in by_name]
-        numbers = operands + [number for number in numbers if number not in operands]
-    hashes = [files[number].sha256 if number in files else NO_SHA256 for number in numbers]
-    alpha = steps[0].get("alpha", 0.5) if len(steps) == 1 else None
+        operands = [name for name in steps[0].operands.values() if name in by_name]
+        parents = operands + [name for name in parents if name not in operands]
+    hashes = {n: files[by_name[n]].sha256 if by_name[n] in files else NO_SHA256 for n in parents}
+    first, second, third = ([hashes[name] for name in parents if name in merged] + [None] * 3)[:3]
+    alpha = steps[0].parameters["alpha"].describe() if len(steps) == 1 and "alpha" in steps[0].parameters else None
     vae = output.spec.vae
     channels = output.layout.architecture.name if output.layout.architecture else ""
     recipe = {
         "type": "mergekit-sd",
-        "primary_model_hash": hashes[0] if hashes else None,
-        "secondary_model_hash": hashes[1] if len(hashes) > 1 else None,
-        "tertiary_model_hash": hashes[2] if len(hashes) > 2 else None,
-        "interp_method": " > ".join(A1111_METHODS.get(step["op"], step["op"]) for step in steps) or "No interpolation",
+        "primary_model_hash": first,
+        "secondary_model_hash": second,
+        "tertiary_model_hash": third,
+        "interp_method": " > ".join(A1111_METHODS.get(step.operation.name, step.operation.name) for step in steps)
+        or "No interpolation",
         "multiplier": alpha if isinstance(alpha, float | int) else None,
         "save_as_half": output.spec.dtype_of("unet") == "fp16",
         "custom_name": plan.recipe.title or output.name,
@@ -140,8 +143,8 @@ def _a1111(plan: Plan, output: PlannedOutput, files: Mapping[int, FileHashes]) -
         "is_instruct_pix2pix": channels.endswith("pix2pix"),
     }
     models: dict[str, Any] = {}
-    for number, sha256 in zip(numbers, hashes, strict=True):
-        models |= _parent(plan, number, sha256, files.get(number))
+    for name, sha256 in hashes.items():
+        models |= _parent(plan, by_name[name], sha256, files.get(by_name[name]))
     return {"sd_merge_recipe": canonical_json(recipe), "sd_merge_models": canonical_json(models)}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import tomlkit
 from tomlkit.items import Table
 
+from mergekit_sd.operations import OPERATIONS
+
 TOP = ("recipe", "title", "seed", "date")
 
 
@@ -20,14 +22,23 @@ def recipe_text(data: Mapping[str, Any], comments: Sequence[str] = ()) -> str:
     for key in TOP:
         if key in data:
             document.add(key, _value(data[key], key))
-    document.add("models", _table(data["models"]))
+    plain = {n: e["file"] if isinstance(e, Mapping) and set(e) == {"file"} else e for n, e in data["models"].items()}
+    document.add("models", _table(plain))
     for section in ("steps", "outputs"):
         if section in data:
             tables = tomlkit.table(is_super_table=True)
             for name, entry in data[section].items():
-                tables.add(name, _table(entry))
+                tables.add(name, _table(_in_reading_order(entry)))
             document.add(section, tables)
     return tomlkit.dumps(document)
+
+
+def _in_reading_order(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A step as it is said: the operation, its operands, its parameters; other keys after."""
+    operation = OPERATIONS.get(str(entry.get("op")))
+    known = [each.name for each in (*operation.operands, *operation.parameters)] if operation else []
+    first = [key for key in ("op", *known) if key in entry]
+    return {key: entry[key] for key in [*first, *(key for key in entry if key not in first)]}
 
 
 def _table(entries: Mapping[str, Any]) -> Table:

@@ -1,0 +1,38 @@
+# `make demo` shows a merge, `make test` runs the tests, `make check` is the whole gate.
+# The first one that runs installs everything into .venv.
+VENV ?= .venv
+PYTHON = $(VENV)/bin/python
+
+.PHONY: demo test check gate lint types contracts docs picture
+
+demo: $(VENV)/installed
+	$(VENV)/bin/mergekit-sd demo --force
+
+test: $(VENV)/installed
+	$(PYTHON) -m pytest
+
+check: gate test
+
+gate: lint types contracts
+
+lint: $(VENV)/installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types: $(VENV)/installed
+	$(PYTHON) -m mypy
+
+contracts: $(VENV)/installed
+	$(VENV)/bin/lint-imports
+
+docs: $(VENV)/installed
+	$(PYTHON) -m mergekit_sd.operations.docs > docs/operations.md
+
+picture: $(VENV)/installed
+	$(PYTHON) docs/picture.py docs/demo.svg
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
