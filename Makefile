@@ -26,7 +26,7 @@ contracts: $(VENV)/installed
 	$(VENV)/bin/lint-imports
 
 docs: $(VENV)/installed
-	$(PYTHON) -m mergekit_sd.operations.docs > docs/operations.md
+	$(PYTHON) -m mergekit_sd.reference > docs/operations.md
 
 picture: $(VENV)/installed
 	$(PYTHON) docs/picture.py docs/demo.svg

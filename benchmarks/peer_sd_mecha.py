@@ -1,6 +1,5 @@
 """sd-mecha 1.1.8 on the same merge, its finite checks off. METHOD A B C OUT."""
 
-import inspect
 import os
 import sys
 
@@ -12,7 +11,6 @@ if method == "weighted_sum":
     recipe = sd_mecha.weighted_sum(a, b, alpha=0.3)
 else:
     recipe = sd_mecha.add_difference(a, b, c, alpha=0.7)
-checks = {name: False for name in inspect.signature(sd_mecha.merge).parameters if name.startswith("check_")}
-sd_mecha.merge(recipe, output=out, threads=2, **checks)
+sd_mecha.merge(recipe, output=out, threads=2, check_finite_output=False, omit_non_finite_inputs=False)
 descriptor = os.open(out, os.O_RDONLY)
 os.fsync(descriptor)

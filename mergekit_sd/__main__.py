@@ -13,16 +13,18 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     try:
-        from mergekit_sd.cli.main import run
+        from mergekit_sd.cli.main import run, stop_signals
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         code = 130
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)  # it is over: the code stands, whatever the shutdown takes
     sys.exit(code)
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
-    """Before and after `run` nothing is held: no import can swallow this, no shutdown can stumble over it."""
+    """While importing nothing is held, and so no import can swallow the signal or print a traceback for it."""
     os._exit(130)
 
 

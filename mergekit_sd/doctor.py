@@ -36,7 +36,7 @@ TRIED = 1 << 20
 
 OLD_TORCH = "its weights_only loading can be broken (CVE-2025-32434, CVE-2026-24747): pip install 'torch>=2.10'"
 NO_TORCH = "pip install 'torch>=2.10'"
-NO_GPU = "nothing needs one: merging runs on the CPU; a GPU makes `sample` and matrix work faster"
+NO_GPU = "nothing needs one: merging runs on the CPU"
 NO_DRIVER = "this torch is built for a GPU but finds none: check the driver, if there should be one"
 
 

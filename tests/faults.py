@@ -1,8 +1,8 @@
 """Real runs to be killed, and faults to put into them. Run as a program, it is the server that forks the runs.
 
-A run is a process of its own that goes through the command line's own `main()`, down to the
-interpreter's shutdown; it is forked from a server that has imported torch already, so that it
-begins at once.
+A run is a process of its own that goes through the command line's own `main()`, and with `whole`
+through the interpreter's shutdown, too; it is forked from a server that has imported torch
+already, so that it begins at once.
 """
 
 from __future__ import annotations
@@ -118,6 +118,17 @@ def pwrite(descriptor, buffer, offset):
 os.pwrite = pwrite
 """
 
+# The first write waits until the test says "release".
+HELD_WRITES = """
+import os
+real_pwrite = os.pwrite
+def pwrite(descriptor, buffer, offset):
+    mark("write")
+    wait_for("release")
+    return real_pwrite(descriptor, buffer, offset)
+os.pwrite = pwrite
+"""
+
 # Computing, without reading or writing.
 SLOW_SUMS = """
 import time
@@ -149,11 +160,12 @@ class Server:
         )
         assert self._process.stdout.readline() == "ready\n"
 
-    def start(self, *arguments, before=""):
+    def start(self, *arguments, before="", whole=False):
         """Start `mergekit-sd ARGUMENTS`; `before` is Python source that the process executes first."""
         self._number += 1
         run = Run(self._folder / str(self._number))
-        order = {"arguments": [str(each) for each in arguments], "before": before, "place": str(run.place)}
+        order = {"arguments": [str(each) for each in arguments], "before": before, "whole": whole}
+        order["place"] = str(run.place)
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         run.pid = int(self._process.stdout.readline())
@@ -179,6 +191,10 @@ class Run:
 
     def kill(self, number):
         os.kill(self.pid, number)
+
+    def release(self):
+        """Let the run go on that waits in HELD_WRITES."""
+        (self.place / "release").touch()
 
     def reached(self, mark):
         """Wait until the process has said `mark(...)`."""
@@ -232,8 +248,12 @@ def serve():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             _become(order, place)
-            main()
-            raise AssertionError("main() exits")
+            try:
+                main()
+            except SystemExit as error:
+                if order["whole"]:
+                    raise
+                os._exit(error.code)
         places[pid] = place
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         print(pid, flush=True)
@@ -258,7 +278,13 @@ def _become(order, place):
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.argv = ["mergekit-sd", *order["arguments"]]
-    exec(order["before"], {"mark": lambda name: (place / f"mark-{name}").touch()})
+    tools = {"mark": lambda name: (place / f"mark-{name}").touch(), "wait_for": lambda name: _wait_for(place / name)}
+    exec(order["before"], tools)
+
+
+def _wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

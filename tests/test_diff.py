@@ -56,12 +56,11 @@ def test_blocks_and_components_against_float64(tmp_path):
     a, b = small("sd1"), small("sd1", seed=1)
     found = compared(tmp_path, a, b)
     places = detect(open_model(tmp_path / "a.safetensors").tensors).places
-    assert list(groups(found))[:3] == ["IN00", "IN01", "IN02"]
+    blocks = [f"IN{i:02}" for i in range(12)] + ["M00"] + [f"OUT{i:02}" for i in range(12)]
+    assert list(groups(found)) == [*blocks, "vae", "text_encoder", "schedule"]
     for name, group in groups(found).items():
         if name != "schedule":
             members = [k for k in a if name in (places[k].block, places[k].component) and a[k].is_floating_point()]
-            if name == "unet":
-                members = [k for k in members if places[k].block is None]
             assert_measures(group.distance, oracle([a[k] for k in members], [b[k] for k in members]))
             largest = max(members, key=lambda key: (a[key].double() - b[key].double()).abs().max())
             assert (a[group.largest_in].float() - b[group.largest_in].float()).abs().max() == group.distance.largest

@@ -17,7 +17,7 @@ from mergekit_sd.cli.inspect import hash_command, inspect_command
 from mergekit_sd.errors import MissingInput
 from mergekit_sd.formats.dtypes import DTYPES
 from mergekit_sd.inspection import bytes_to_read, inspect_file
-from mergekit_sd.inspection.values import decode
+from mergekit_sd.formats.values import decode
 
 POSITION_IDS = CLIP + "text_model.embeddings.position_ids"
 CONTRACT = {

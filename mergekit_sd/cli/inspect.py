@@ -13,21 +13,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+import mergekit_sd as mk
 from mergekit_sd.cli.options import json_option
 from mergekit_sd.cli.show import Talk, console, print_json, row, table
 from mergekit_sd.events import CancelToken, OutputStarted, Progressed
-from mergekit_sd.inspection import (
-    Diff,
-    GroupDiff,
-    Identity,
-    Inspection,
-    PositionIds,
-    TensorDiff,
-    bytes_to_read,
-    diff_files,
-    identify,
-    inspect_file,
-)
 from mergekit_sd.text import count, listed, shown, size
 
 if TYPE_CHECKING:
@@ -83,17 +72,17 @@ def inspect_command(file: Path, as_json: bool, hashes: bool, scan: bool) -> None
     if hashes or scan:
         with _progress(str(file), as_json) as tell:
             # A missing file is told by the inspection, in better words.
-            total = bytes_to_read(file, hashes=hashes, scan=scan) if file.is_file() else 0
-            found = inspect_file(file, hashes=hashes, scan=scan, on_bytes=_summing(tell, total))
+            total = mk.bytes_to_read(file, hashes=hashes, scan=scan) if file.is_file() else 0
+            found = mk.inspect_file(file, hashes=hashes, scan=scan, on_bytes=_summing(tell, total))
     else:
-        found = inspect_file(file)
+        found = mk.inspect_file(file)
     if as_json:
         print_json(found.as_json())
     else:
         _show_inspection(found)
 
 
-def _show_inspection(found: Inspection) -> None:
+def _show_inspection(found: mk.Inspection) -> None:
     what = _KINDS[found.kind] if found.title is None else f"{found.title} {_KINDS[found.kind]} ({found.architecture})"
     predicts = f", predicts {found.prediction}" if found.prediction else ""
     dtypes = ", ".join(f"{name} {number:,}" for name, number in found.dtypes.items())
@@ -118,7 +107,7 @@ def _show_inspection(found: Inspection) -> None:
         _show_identity(found.identity)
 
 
-def _show_parts(found: Inspection) -> None:
+def _show_parts(found: mk.Inspection) -> None:
     hashes = found.weights_hashes
     columns = ("part", "tensors", "size", *([] if hashes is None else ["weights hash"]))
     parts = _tight(table(*columns, right=("tensors", "size")))
@@ -134,7 +123,7 @@ def _cell(hashes: Mapping[str, str] | None, component: str) -> list[str]:
     return [] if hashes is None else [hashes.get(component, "")]
 
 
-def _position_ids(ids: PositionIds) -> str:
+def _position_ids(ids: mk.PositionIds) -> str:
     if ids.state == "ok":
         return "ok"
     if ids.state == "missing":
@@ -180,7 +169,7 @@ def hash_command(files: Sequence[Path], as_json: bool) -> None:
     for file in files:
         with _progress(str(file), as_json) as tell:
             total = 2 * file.stat().st_size if file.is_file() else 0
-            found = identify(file, _summing(tell, total))
+            found = mk.identify(file, _summing(tell, total))
         note = {"note": found.no_content} if found.no_content else {}
         reports.append({"path": str(file), **found.as_json(), **note})
         if not as_json:
@@ -190,7 +179,7 @@ def hash_command(files: Sequence[Path], as_json: bool) -> None:
         print_json({"files": reports})
 
 
-def _show_identity(found: Identity) -> None:
+def _show_identity(found: mk.Identity) -> None:
     hashes = found.file
     _say(f"  sha256   {hashes.sha256}")
     _say(f"  AutoV1   {hashes.auto_v1:14}old lists, A1111 before 2023")
@@ -221,14 +210,14 @@ def diff_command(context: click.Context, a: Path, b: Path, as_json: bool, tensor
     """
     token = context.find_object(CancelToken)
     with _progress(f"{a} and {b}", as_json) as tell, token.guarded() if token else nullcontext():
-        found = diff_files(a, b, tell, token)
+        found = mk.diff_files(a, b, tell, token)
     if as_json:
         print_json(found.as_json(tensors=tensors))
     else:
         _show_diff(found, tensors)
 
 
-def _show_diff(found: Diff, tensors: bool) -> None:
+def _show_diff(found: mk.Diff, tensors: bool) -> None:
     for letter, side in (("A", found.a), ("B", found.b)):
         architecture = f" ({side.architecture})" if side.architecture else ""
         _say(f"{letter}  {shown(side.path)}: {_KINDS[side.kind]}{architecture}")
@@ -248,7 +237,7 @@ def _show_diff(found: Diff, tensors: bool) -> None:
             _list(f"Only in {letter}, {count(len(alone), 'tensor')}", (shown(each.name) for each in alone))
 
 
-def _show_groups(found: Diff) -> None:
+def _show_groups(found: mk.Diff) -> None:
     screen = console()
     numbers = ("change", "cosine", "largest", "equal")
     groups = _tight(table("part", "change", "cosine", "largest", "in", "equal", right=numbers))
@@ -272,7 +261,7 @@ def _show_groups(found: Diff) -> None:
         _say(f"{count(bad, 'value')} left out of the numbers: NaN or Inf in A or B", "yellow")
 
 
-def _heat(group: GroupDiff, hottest: float) -> Text:
+def _heat(group: mk.GroupDiff, hottest: float) -> Text:
     """The change as a number, coloured by its share of the largest one."""
     from rich.text import Text
 
@@ -295,7 +284,7 @@ def _percent(change: float | None) -> str:
     return f"{change:.2%}" if change >= 0.0001 else f"{change * 100:.1e}%"
 
 
-def _cosine(group: GroupDiff) -> str:
+def _cosine(group: mk.GroupDiff) -> str:
     cosine = group.distance.cosine
     if cosine is None or not group.compared:
         return ""
@@ -312,7 +301,7 @@ def _tail(name: str, room: int) -> str:
     return next((tail for tail in tails if len(tail) <= room), "…" + parts[-1])
 
 
-def _why_nothing(group: GroupDiff) -> str:
+def _why_nothing(group: mk.GroupDiff) -> str:
     """What there is to say of a group without a changed value."""
     if group.compared:
         return ""
@@ -320,7 +309,7 @@ def _why_nothing(group: GroupDiff) -> str:
     return " and ".join(alone) or "other shapes"
 
 
-def _changed_line(tensor: TensorDiff) -> str:
+def _changed_line(tensor: mk.TensorDiff) -> str:
     distance = tensor.distance
     if distance is None or not distance.squares_of_difference:
         return f"{'':>9}  {shown(tensor.name)}: whole numbers, or NaN and Inf, differ"

@@ -16,8 +16,10 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from mergekit_sd.errors import Cancelled, MergekitError
+from mergekit_sd.cli.streams import make_speakable, wanted_color
+from mergekit_sd.errors import Cancelled, MergekitError, UsageError
 from mergekit_sd.events import CancelToken
 from mergekit_sd.text import did_you_mean
 
@@ -77,6 +79,12 @@ class Group(click.Group):
             ctx.fail(f'No command "{args[0]}"; {did_you_mean(args[0], self.list_commands(ctx))}')
         return super().resolve_command(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands from the table: none is imported for it."""
+        known = [(name, text) for section in COMMANDS.values() for name, (_, text) in section.items()]
+        items = [CompletionItem(name, help=text) for name, text in known if name.startswith(incomplete)]
+        return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, from the table: nothing is imported for it."""
         for title, section in COMMANDS.items():
@@ -92,15 +100,20 @@ def cli() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code. Every error is told here, once."""
+    make_speakable()
     token = CancelToken()
     json_wanted = "--json" in arguments
     with _interruptible(token):
         try:
-            result = cli.main(arguments, prog_name="mergekit-sd", standalone_mode=False, obj=token)
+            result = cli.main(
+                arguments, prog_name="mergekit-sd", standalone_mode=False, obj=token, color=wanted_color()
+            )
             return result if isinstance(result, int) else 0
         except MergekitError as error:
             return _tell(error, json_wanted)
         except click.ClickException as error:
+            if json_wanted:
+                return _tell(UsageError(error.format_message()), json_wanted)
             error.show()
             return 2
         except (KeyboardInterrupt, click.Abort):
@@ -156,7 +169,7 @@ def _interruptible(token: CancelToken) -> Iterator[None]:
 
     former: dict[int, Any] = {}
     try:
-        for number in _signals():
+        for number in stop_signals():
             former[number] = signal.signal(number, handle)
     except ValueError:  # not in the main thread: the caller's handlers stay
         pass
@@ -169,7 +182,7 @@ def _interruptible(token: CancelToken) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _signals() -> list[int]:
+def stop_signals() -> list[int]:
     """Ctrl-C, `kill`, a closed terminal (unless under nohup), Ctrl-Break; as far as the platform has them."""
     found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
     hangup = getattr(signal, "SIGHUP", None)

@@ -13,7 +13,7 @@ import mergekit_sd as mk
 from mergekit_sd.cli.options import dry_run_option, engine_options, force_option, json_option
 from mergekit_sd.cli.show import Talk, print_json
 from mergekit_sd.errors import UsageError
-from mergekit_sd.text import did_you_mean, shown
+from mergekit_sd.text import shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,11 +58,9 @@ def merge_command(
     **options: Any,
 ) -> None:
     """Merge two or three models: A B [C] in the order of the operation's operands."""
-    if method not in mk.OPERATIONS:
-        raise UsageError(f'There is no operation "{shown(method)}".', hint=did_you_mean(method, mk.OPERATIONS))
-    operation = mk.OPERATIONS[method]
+    operation = mk.find_operation(method)
     weights = _weights(options, [parameter.name for parameter in operation.parameters])
-    node = getattr(mk.ops, method)(*(mk.open(model) for model in models), **weights)
+    node = getattr(mk.ops, operation.name)(*(mk.open(model) for model in models), **weights)
     recipe = mk.recipe_of(node, output, dtype=dtype, title=title, vae=mk.open(vae) if vae else None)
     if save_recipe:
         mk.save_recipe(recipe, save_recipe, force=force)

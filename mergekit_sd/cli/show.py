@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_sd.cli.streams import wanted_color
 from mergekit_sd.errors import MergekitError
 from mergekit_sd.events import Event, Noted, OutputFinished, OutputStarted, Progressed
 from mergekit_sd.text import shown, size
@@ -52,16 +53,26 @@ def row(target: Table, *cells: object) -> None:
 
 def print_json(report: object) -> None:
     """One report on stdout."""
-    click.echo(json.dumps(report, indent=2, ensure_ascii=False, default=str))
+    click.echo(_json(report, indent=2))
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    """JSON in UTF-8 where it can be, escaped where a name or the stream cannot be encoded."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, default=str)
+    return text
 
 
 def print_error(error: MergekitError, as_json: bool = False) -> None:
     """An error on stderr: what, where, what to do; or one JSON line."""
     if as_json:
-        click.echo(json.dumps({"event": "error", **error.as_json()}, ensure_ascii=False), err=True)
+        click.echo(_json({"event": "error", **error.as_json()}), err=True)
         return
     for line in error_lines(error):
-        click.echo(line, err=True)
+        click.echo(line, err=True, color=wanted_color())
 
 
 def error_lines(error: MergekitError) -> Iterable[str]:
@@ -99,7 +110,7 @@ class Talk:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if self._as_json:
-            click.echo(json.dumps(event.as_json(), ensure_ascii=False), err=True)
+            click.echo(_json(event.as_json()), err=True)
         elif isinstance(event, Noted):
             click.echo(click.style("warning: ", fg="yellow", bold=True) + shown(event.message), err=True)
         elif isinstance(event, OutputStarted):

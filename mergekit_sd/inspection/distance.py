@@ -68,8 +68,8 @@ class Measurer:
 
     def __call__(self, a: memoryview, dtype_a: Dtype, b: memoryview, dtype_b: Dtype) -> Distance:
         """The distance of two pieces of equally many elements."""
-        # Bytes are compared as a block, where memoryviews are by elements; few pieces are worth the copy.
-        same = dtype_a == dtype_b and a[:_GLANCE] == b[:_GLANCE] and bytes(a) == b
+        # A bytearray is compared as a block, all else with a memoryview by elements: ten times the time.
+        same = dtype_a == dtype_b and a[:_GLANCE] == b[:_GLANCE] and bytearray(a) == b
         if dtype_a.is_float and dtype_b.is_float:
             wide = F64 in (dtype_a, dtype_b)
             return self._floats(as_tensor(a, dtype_a), as_tensor(b, dtype_b), same, wide)

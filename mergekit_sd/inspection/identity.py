@@ -36,7 +36,6 @@ from mergekit_sd.lazy import torch
 from mergekit_sd.text import did_you_mean
 
 _LEAF_ELEMENTS = LEAF // F16.itemsize
-_BATCH = 16 << 20
 
 
 # --- hashes of a file ------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ def _digests(
             on_bytes(sum(piece.nbytes for piece in batch))
 
     leaves = (piece for tensor in tensors for piece in pieces(tensor, _LEAF_ELEMENTS))
-    tasks = batches(leaves, lambda piece: piece.nbytes, _BATCH)
+    tasks = batches(leaves, lambda piece: piece.nbytes)
     in_parallel(tasks, lambda: _leaf_worker(file, size, widest), keep, threads)
     return found
 

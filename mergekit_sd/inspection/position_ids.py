@@ -14,7 +14,7 @@ from mergekit_sd import architectures
 from mergekit_sd.architectures import Layout
 from mergekit_sd.formats.open import read_bytes
 from mergekit_sd.formats.tensor import ModelFile
-from mergekit_sd.inspection.values import decode
+from mergekit_sd.formats.values import decode
 
 State: TypeAlias = Literal["ok", "missing", "corrupt"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 256 * 1024  # elements: what torch computes on lies in the processor's cache
-BATCH = 4 << 20  # bytes per task: small tensors together, or handing them out costs more than the work
+BATCH = 16 << 20  # bytes per task: small tensors together, or handing them out costs more than the work
 
 _AHEAD = 4  # tasks under way per thread: an error or a cancel does not wait for more
 
@@ -49,14 +49,14 @@ def pieces(tensor: TensorInfo, elements: int = CHUNK) -> Iterator[Piece]:
         yield Piece(tensor, start, min(elements, tensor.numel - start))
 
 
-def batches(tasks: Iterable[Task], nbytes: Callable[[Task], int], limit: int = BATCH) -> Iterator[list[Task]]:
-    """Tasks in their order, together until they reach `limit` bytes."""
+def batches(tasks: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[list[Task]]:
+    """Tasks in their order, together until they reach BATCH bytes."""
     batch: list[Task] = []
     filled = 0
     for task in tasks:
         batch.append(task)
         filled += nbytes(task)
-        if filled >= limit:
+        if filled >= BATCH:
             yield batch
             batch, filled = [], 0
     if batch:

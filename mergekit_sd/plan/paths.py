@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
-from mergekit_sd.errors import OutputExists, OutputIsInput, RecipeError
+from mergekit_sd.errors import MissingInput, OutputExists, OutputIsInput, RecipeError
 from mergekit_sd.recipe.load import Recipe
 from mergekit_sd.recipe.roots import input_path, load_roots, output_path
+from mergekit_sd.text import did_you_mean, shown
 
 
 def resolve_inputs(recipe: Recipe, names: list[str], search: Sequence[Path] = ()) -> dict[str, Path]:
@@ -18,7 +19,20 @@ def resolve_inputs(recipe: Recipe, names: list[str], search: Sequence[Path] = ()
     for name, path in paths.items():
         elsewhere = (folder / PureWindowsPath(path).name for folder in search)
         paths[name] = path if path.exists() else next((found for found in elsewhere if found.is_file()), path)
+        _check_prefix(recipe, name, paths[name], roots)
     return paths
+
+
+def _check_prefix(recipe: Recipe, name: str, path: Path, roots: Mapping[str, Path]) -> None:
+    """A file that is nowhere and looks as if it had a root's prefix: say which root is missing."""
+    prefix, colon, rest = recipe.models[name].file.partition(":")
+    if colon and len(prefix) > 1 and prefix not in roots and not os.path.lexists(path):
+        raise MissingInput(
+            f'There is no such file, and no root called "{shown(prefix)}" to look for "{shown(rest)}" in.',
+            file=path,
+            key=f"models.{name}",
+            hint=did_you_mean(prefix, roots) if roots else f"mergekit-sd roots add {shown(prefix)} DIR",
+        )
 
 
 def resolve_outputs(recipe: Recipe, names: list[str], output_root: Path | None, anywhere: bool) -> dict[str, Path]:

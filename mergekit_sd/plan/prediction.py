@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import statistics
-import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mergekit_sd.architectures import Layout
-from mergekit_sd.formats.dtypes import BF16, F16, F32
 from mergekit_sd.formats.open import read_bytes
 from mergekit_sd.formats.tensor import ModelFile
-from mergekit_sd.plan.values import Input
-from mergekit_sd.recipe.load import OutputSpec, Recipe
+from mergekit_sd.formats.values import decode
+
+if TYPE_CHECKING:  # `inspect` asks for a file's prediction, and needs no recipe for it
+    from mergekit_sd.plan.values import Input
+    from mergekit_sd.recipe.load import OutputSpec, Recipe
 
 # SD2's keys do not show it. ComfyUI's rule (model_detection): a wide last norm means v-prediction.
 TELLTALE = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -30,20 +32,11 @@ def file_prediction(file: ModelFile, layout: Layout) -> str | None:
     if hint or layout.architecture is None or layout.architecture.family != "sd2":
         return hint
     prefix = layout.prefix_of("unet") or ""
-    values = _floats(file, prefix + TELLTALE)
+    tensor = file.tensors.get(prefix + TELLTALE)
+    values = decode(read_bytes(file, tensor), tensor.dtype) if tensor else ()
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     return "v" if statistics.stdev(values) > WIDE else "epsilon"
-
-
-def _floats(file: ModelFile, name: str) -> Sequence[float]:
-    tensor = file.tensors.get(name)
-    if tensor is None or tensor.dtype not in (F32, F16, BF16):
-        return ()
-    data = read_bytes(file, tensor)
-    if tensor.dtype == BF16:  # the upper half of a float32
-        data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
-    return struct.unpack(f"<{tensor.numel}{'e' if tensor.dtype == F16 else 'f'}", data)
 
 
 def output_prediction(recipe: Recipe, spec: OutputSpec, parents: Sequence[Input]) -> str | None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from mergekit_sd.errors import NotWritable, RecipeError, UsageError
+from mergekit_sd.errors import EnvironmentFault, NotWritable, RecipeError, UsageError
 from mergekit_sd.text import did_you_mean, shown
 
 CONFIG_VARIABLE = "MERGEKIT_SD_CONFIG"
@@ -41,7 +41,10 @@ def load_roots() -> dict[str, Path]:
         return {str(name): Path(folder) for name, folder in entries.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except OSError as error:
+        hint = "check its permissions"
+        raise EnvironmentFault(f"The list of roots cannot be read: {error.strerror}.", file=path, hint=hint) from error
+    except (ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"The list of roots cannot be read: {error}.", file=path, hint="mend or delete it") from error
 
 

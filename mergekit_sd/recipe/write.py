@@ -36,7 +36,7 @@ def recipe_text(data: Mapping[str, Any], comments: Sequence[str] = ()) -> str:
 def _in_reading_order(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A step as it is said: the operation, its operands, its parameters; other keys after."""
     operation = OPERATIONS.get(str(entry.get("op")))
-    known = [each.name for each in (*operation.operands, *operation.parameters)] if operation else []
+    known = [o.name for o in operation.operands] + [p.name for p in operation.parameters] if operation else []
     first = [key for key in ("op", *known) if key in entry]
     return {key: entry[key] for key in [*first, *(key for key in entry if key not in first)]}
 

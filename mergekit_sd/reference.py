@@ -178,7 +178,7 @@ def _parameter_lines(operation: Operation) -> Iterator[str]:
 
 HEAD = """# Operations
 
-<!-- Made from the registry: python -m mergekit_sd.operations.docs > docs/operations.md -->
+<!-- Made from the registry: python -m mergekit_sd.reference > docs/operations.md -->
 
 Each operation is one pure function in `mergekit_sd/operations/`; what follows is read off its signature.
 `mergekit-sd ops NAME` shows the same, and finds an operation by another tool's name for it.
