@@ -14,32 +14,33 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-COLUMNS = 100
+COLUMNS = 118
 SCENES = (
-    ["demo", "models"],
-    ["plan", "models/quickstart.toml", "--force"],
-    ["diff", "models/base.safetensors", "models/quickstart.safetensors"],
+    "mergekit-sd demo .",
+    "mergekit-sd plan quickstart.toml --force",
+    "mergekit-sd run quickstart.toml --force",
+    "mergekit-sd diff base.safetensors quickstart.safetensors | head -16",
 )
-SHOWN = (1, 2)  # the demo only sets the scene
+SHOWN = SCENES[1:]  # the demo only sets the scene
 
 
-def play(arguments: list[str], folder: Path) -> str:
-    """What a command prints on a terminal of COLUMNS columns, escape codes and all."""
+def play(line: str, folder: Path) -> str:
+    """What a line of shell prints on a terminal of COLUMNS columns, escape codes and all."""
     environment = {**os.environ, "COLUMNS": str(COLUMNS), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     environment.pop("NO_COLOR", None)
-    command = [sys.executable, "-m", "mergekit_sd", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    command = line.replace("mergekit-sd", f"'{sys.executable}' -m mergekit_sd", 1) + " 2>&1"
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     return done.stdout
 
 
 def main(target: Path) -> None:
     """Play every scene and write the picture."""
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+    console = Console(record=True, width=COLUMNS + 2, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     with tempfile.TemporaryDirectory() as folder:
-        for number, scene in enumerate(SCENES):
-            output = play(list(scene), Path(folder))
-            if number in SHOWN:
-                console.print(Text.assemble(("$ ", "bold green"), ("mergekit-sd " + " ".join(scene), "bold")))
+        for line in SCENES:
+            output = play(line, Path(folder))
+            if line in SHOWN:
+                console.print(Text.assemble(("$ ", "bold green"), (line, "bold")))
                 console.print(Text.from_ansi(output))
     target.write_text(console.export_svg(title="mergekit-sd"), encoding="utf-8")
 

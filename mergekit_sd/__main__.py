@@ -10,8 +10,8 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line; never shows a traceback for Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
+    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGTERM, _leave)
     try:
         from mergekit_sd.cli.main import run, stop_signals
 

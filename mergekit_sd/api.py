@@ -6,11 +6,11 @@ Owns the calls and what they return. Each is thin: the rooms below do the work.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_sd.errors import NotWritable, OutputExists, PinMismatch
+from mergekit_sd.errors import InputError, NotWritable, OutputExists, PinMismatch
 from mergekit_sd.events import CancelToken, Listener, Noted, ignore
 from mergekit_sd.execute.run import Made, OutputReport, RunOptions, check_pins, execute
 from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
@@ -20,7 +20,7 @@ from mergekit_sd.graph import Node, graph_data
 from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.plan.build import PlanOptions, build_plan, check_targets
 from mergekit_sd.plan.report import plan_as_json
-from mergekit_sd.plan.values import MetadataStyle, Plan
+from mergekit_sd.plan.values import MetadataStyle, Plan, PlannedOutput
 from mergekit_sd.recipe.load import Recipe, load_recipe, recipe_from_data
 from mergekit_sd.recipe.lock import Lock, LockedInput, LockedOutput, fingerprint, lock_path, read_lock, write_lock
 from mergekit_sd.recipe.write import recipe_text
@@ -113,17 +113,19 @@ def run(
     made = plan(checked, output_root=output_root, anywhere=anywhere, metadata=metadata)
     where = lock_path(checked.path) if checked.path else None
     lock = read_lock(where) if where and (locked or skip_done) else None
-    skipped: tuple[str, ...] = ()
     if locked:
         options |= _expected(made, lock, where)
-    if skip_done and lock and _is_done(made, lock):
-        skipped = tuple(output.name for output in made.outputs)
+    skipped = _done(made, lock) if skip_done and lock else ()
+    rest = tuple(output for output in made.outputs if output.name not in skipped)
+    if not rest:
         return RunReport(str(checked.path), (), skipped, made.warnings, str(where))
-    result = execute(made, RunOptions(**options), on_event, cancel)
+    if skipped:  # the inputs were compared with the lock just now
+        options.pop("expected_inputs", None)
+    result = execute(replace(made, outputs=rest), RunOptions(**options), on_event, cancel)
     warnings = list(made.warnings)
     if where and not locked:
         try:
-            write_lock(where, _lock_of(made, result))
+            write_lock(where, _lock_of(made, result, lock if skipped else None))
         except OSError as error:
             warnings.append(f"the lock was not written: {error}")
             on_event(Noted(warnings[-1]))
@@ -215,23 +217,29 @@ def _expected(plan: Plan, lock: Lock | None, where: Path | None) -> dict[str, An
     }
 
 
-def _is_done(plan: Plan, lock: Lock) -> bool:
-    """Whether the lock's run is this one, its inputs and outputs still the same, by their content hashes."""
+def _done(plan: Plan, lock: Lock) -> tuple[str, ...]:
+    """The outputs that the lock's run made as this one would, if its inputs are still the same; by content hashes."""
     if lock.recipe != fingerprint(plan.recipe.data) or lock.version != VERSION:
-        return False
-    if {output.name for output in plan.outputs} - set(lock.outputs) or any(not o.path.exists() for o in plan.outputs):
-        return False
-    for output in plan.outputs:
-        if output.path.stat().st_size != lock.outputs[output.name].size:
-            return False
+        return ()
+    there = [output for output in plan.outputs if output.name in lock.outputs and output.path.is_file()]
+    if not there:
+        return ()
     used = _used_tensors(plan)
     for number, source in enumerate(plan.inputs):
         pinned = lock.inputs.get(source.name)
         if pinned is None or pinned.size != source.file.state.size:
-            return False
-        if hash_file_tensors(source.file, used.get(number, ())) != pinned.content:
-            return False
-    return all(hash_file_tensors(open_model(o.path)) == lock.outputs[o.name].content for o in plan.outputs)
+            return ()
+        if number in used and hash_file_tensors(source.file, used[number]) != pinned.content:
+            return ()
+    return tuple(output.name for output in there if _is_as_locked(output, lock.outputs[output.name]))
+
+
+def _is_as_locked(output: PlannedOutput, locked: LockedOutput) -> bool:
+    try:
+        file = open_model(output.path)
+        return file.state.size == locked.size and hash_file_tensors(file) == locked.content
+    except InputError:  # damaged since
+        return False
 
 
 def _used_tensors(plan: Plan) -> dict[int, list[str]]:
@@ -242,7 +250,8 @@ def _used_tensors(plan: Plan) -> dict[int, list[str]]:
     return {number: list(names) for number, names in used.items()}
 
 
-def _lock_of(plan: Plan, made: Made) -> Lock:
+def _lock_of(plan: Plan, made: Made, before: Lock | None) -> Lock:
+    """The lock of a run; of one that skipped what was done, the lock `before` and what was made besides."""
     inputs = {
         source.name: LockedInput(
             source.file.state.size, made.inputs.get(source.name, ""), plan.recipe.models[source.name].sha256
@@ -250,4 +259,6 @@ def _lock_of(plan: Plan, made: Made) -> Lock:
         for source in plan.inputs
     }
     outputs = {report.name: LockedOutput(report.bytes, report.content_hash or "") for report in made.outputs}
+    if before:
+        inputs, outputs = dict(before.inputs), {**before.outputs, **outputs}
     return Lock(VERSION, fingerprint(plan.recipe.data), inputs, outputs)

@@ -7,6 +7,7 @@ already, so that it begins at once.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -221,10 +222,8 @@ class Run:
 
 def serve():
     """Fork a run for each line of stdin; a thread-free parent, so that forking is sound."""
-    import torch  # noqa: F401
-
-    import mergekit_sd.api  # noqa: F401
-    import mergekit_sd.cli.run
+    for name in ("torch", "mergekit_sd.api", "mergekit_sd.cli.run"):
+        importlib.import_module(name)
     from mergekit_sd.__main__ import main
 
     signal.signal(signal.SIGCHLD, lambda *_: reap())

@@ -58,9 +58,11 @@ def test_dtype_of_merged_and_cast(tmp_path, dtype):
             assert same(tensor, a[key].to(DTYPES[dtype])), key
         else:
             assert tensor.dtype == DTYPES[dtype]
-            # Where float32 itself is the step, its own rounding of two products counts too.
-            limit = 3 if dtype == "fp32" else 0.6
-            assert error_in_steps(tensor, 0.7 * f64(a[key]) + 0.3 * f64(b[key]), dtype) <= limit, key
+            oracle = 0.7 * f64(a[key]) + 0.3 * f64(b[key])
+            if dtype == "fp32":  # the arithmetic's own precision
+                assert abs(f64(tensor) - oracle).max() <= 3e-8, key
+            else:
+                assert error_in_steps(tensor, oracle, dtype) <= 0.6, key
     vae = sum(key.startswith(models.VAE) for key in a)
     assert report.outputs[0].counts["copied" if dtype == "fp32" else "cast"] >= vae
 
@@ -116,6 +118,8 @@ def boundary(dtype):
 def test_overflow_is_where_torch_casts_to_infinity(tmp_path, dtype):
     values = boundary(dtype)
     over = ~torch.isfinite(values.to(DTYPES[dtype]).float())
+    if dtype == "fp8_e4m3fn":  # some versions of torch saturate; 464 is the last that rounds to 448
+        over = values.abs() > 464
     assert 2 <= int(over.sum()) < len(values) - 2, "the values lie on both sides"
     names = put(tmp_path, a={"bad": values, "good": values[~over], "fine": torch.ones(70)})
     error = refused(tmp_path, DtypeOverflow, names, dtype=dtype)

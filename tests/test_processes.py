@@ -13,9 +13,8 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
-
 import faults
+import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -195,7 +194,7 @@ sys.meta_path.insert(0, Tell())
 
 
 @pytest.mark.parametrize(
-    ("delay", "number"), zip([0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.1], SIGNALS[:2] * 4, strict=True)
+    ("delay", "number"), list(zip([0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.1], SIGNALS[:2] * 4, strict=True))
 )
 def test_interrupted_while_importing(place, tmp_path_factory, delay, number):
     site = tmp_path_factory.mktemp("site")
@@ -302,7 +301,9 @@ def test_disk_that_fills_up_in_the_middle(server, place, disk):
     check_untouched(small)
 
 
-@pytest.mark.parametrize("before", ["", NO_RESERVE, "import os; del os.posix_fallocate; os.ftruncate = lambda *_: None"])
+@pytest.mark.parametrize(
+    "before", ["", NO_RESERVE, "import os; del os.posix_fallocate; os.ftruncate = lambda *_: None"]
+)
 def test_file_size_limit(server, place, before):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
     run = server.run("run", place / "r.toml", "--force", before=limit + before)

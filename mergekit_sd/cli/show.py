@@ -6,6 +6,7 @@ Text from files reaches rich only as `Text`, never as markup, and escaped.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else 120
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 120
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=width)
 
 

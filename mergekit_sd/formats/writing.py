@@ -65,11 +65,17 @@ def check_target(target: Path) -> None:
 
 def check_folder(folder: Path, needed: int) -> None:
     """Before any work: the folder exists, can be written to, and has `needed` bytes free."""
-    if not folder.is_dir():
-        raise NotWritable("The output's folder does not exist.", file=folder, hint="create it, or name another output")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise NotWritable("The output's folder cannot be written to.", file=folder, hint="check its permissions")
-    free = free_bytes(folder)
+    try:
+        if not folder.is_dir():
+            raise NotWritable(
+                "The output's folder does not exist.", file=folder, hint="create it, or name another output"
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise NotWritable("The output's folder cannot be written to.", file=folder, hint="check its permissions")
+        free = free_bytes(folder)
+    except OSError as error:
+        message = f"The output's folder cannot be looked at: {error.strerror or error}."
+        raise NotWritable(message, file=folder, hint="check the disk") from error
     if needed > free:
         raise DiskFull(
             f"The disk has too little room: {needed:,} bytes ({size(needed)}) needed, "
@@ -323,7 +329,12 @@ def _claim(temporary: Path, target: Path) -> int:
             _sweep_one(temporary)
             continue
         # Between creating and locking, another run's sweep may take it for a leftover: try again.
-        if _lock(descriptor) is not False and _is_still(temporary, descriptor):
+        try:
+            ours = _lock(descriptor) is not False and _is_still(temporary, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if ours:
             return descriptor
         os.close(descriptor)
     raise TargetLocked(

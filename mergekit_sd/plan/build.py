@@ -18,7 +18,7 @@ from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import check_folder, check_target
 from mergekit_sd.plan.expression import Constant, Expression, Read, inputs_of
 from mergekit_sd.plan.metadata import build_metadata
-from mergekit_sd.plan.models import Model, StepReport, apply_step, model_of_file
+from mergekit_sd.plan.models import Model, StepReport, apply_step, model_of_file, with_markers
 from mergekit_sd.plan.outputs import Draft, draft_tensors
 from mergekit_sd.plan.paths import check_apart, check_new, resolve_inputs, resolve_outputs
 from mergekit_sd.plan.prediction import file_prediction, output_prediction
@@ -124,11 +124,14 @@ def _plan_output(
     """An output with all but offsets: those need the header's length, which needs every output's reads."""
     spec = recipe.outputs[name]
     model = models[spec.model]
+    places = model.layout.places
+    unets = {n for key, e in model.tensors.items() if places[key].component == "unet" for n in inputs_of(e)}
+    if unets and model.origin not in unets:
+        model = with_markers(model, models[list(inputs)[min(unets)]])
     drafts, dropped = draft_tensors(recipe, spec, model, models[spec.vae] if spec.vae else None)
     tensors = tuple(
         _planned(draft, TensorInfo(name, draft.dtype, draft.expression.shape, 0, 0)) for name, draft in drafts.items()
     )
-    unets = {n for t in tensors if t.component == "unet" for n in inputs_of(t.expression)}
     prediction = output_prediction(recipe, spec, [each for n, each in enumerate(inputs.values()) if n in unets])
     return PlannedOutput(spec, path, 0, model.layout, prediction, tensors, dropped)
 

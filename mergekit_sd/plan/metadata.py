@@ -96,12 +96,13 @@ def _modelspec(plan: Plan, output: PlannedOutput) -> dict[str, str]:
     if architecture is None:
         return {}
     parents = sorted(plan.inputs[number].name for number in output.reads())  # the order in the file is no matter
+    published, resolution = architecture.published_as("epsilon" if output.prediction == "epsilon" else None)
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": architecture.modelspec,
+        "architecture": published,
         "implementation": IMPLEMENTATION,
         "title": plan.recipe.title or output.name,
-        "resolution": f"{architecture.resolution}x{architecture.resolution}",
+        "resolution": f"{resolution}x{resolution}",
         "merged_from": ", ".join(PureWindowsPath(plan.recipe.models[name].file).name for name in parents),
     }
     if output.prediction:

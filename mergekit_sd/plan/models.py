@@ -7,7 +7,7 @@ copies; the inpainting rule. Must not know outputs, torch, or how expressions ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mergekit_sd.architectures import Layout, Role, ema_name
 from mergekit_sd.errors import FamilyMismatch, MissingTensors, ShapeMismatch
@@ -79,6 +79,15 @@ def model_of_file(number: int, ref: ModelRef, file: ModelFile, layout: Layout) -
             )
         tensors.update({name: tensors[ema_name(name)] for name in unet})
     return Model(ref.name, "weight", layout, tensors, number)
+
+
+def with_markers(model: Model, source: Model) -> Model:
+    """The model with another's markers: a UNet that is wholly another file's brings along what tells its prediction."""
+    places = source.layout.places
+    markers = {name: e for name, e in source.tensors.items() if places[name].role == Role.marker}
+    own = {name: e for name, e in model.tensors.items() if model.layout.places[name].role != Role.marker}
+    layout = replace(model.layout, places={**model.layout.places, **{name: places[name] for name in markers}})
+    return replace(model, tensors=own | markers, layout=layout)
 
 
 def apply_step(step: Step, operands: Mapping[str, Model]) -> tuple[Model, StepReport]:

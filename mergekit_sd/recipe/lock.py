@@ -71,8 +71,12 @@ def write_lock(path: Path, lock: Lock) -> None:
         "outputs": {name: {"size": each.size, "content": each.content} for name, each in lock.outputs.items()},
     }
     fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    try:
+        fresh.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def read_lock(path: Path) -> Lock | None:
