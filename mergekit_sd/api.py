@@ -106,7 +106,8 @@ def run(
 ) -> RunReport:
     """Make every output of a recipe, and write its lock.
 
-    `options` are those of RunOptions: force, threads, allow_nonfinite, scan. Raises RecipeError
+    `options` are those of RunOptions: force, threads, allow_nonfinite, scan, sha256 (of every input, for the
+    lock). Raises RecipeError
     (exit code 2), InputError (3), EnvironmentFault (4), Cancelled (130); see `mergekit_sd.errors`.
     """
     checked = load(recipe, set)
@@ -214,6 +215,7 @@ def _expected(plan: Plan, lock: Lock | None, where: Path | None) -> dict[str, An
     return {
         "expected": {name: each.content for name, each in lock.outputs.items()},
         "expected_inputs": {name: each.content for name, each in lock.inputs.items()},
+        "hashing": True,
     }
 
 
@@ -253,9 +255,7 @@ def _used_tensors(plan: Plan) -> dict[int, list[str]]:
 def _lock_of(plan: Plan, made: Made, before: Lock | None) -> Lock:
     """The lock of a run; of one that skipped what was done, the lock `before` and what was made besides."""
     inputs = {
-        source.name: LockedInput(
-            source.file.state.size, made.inputs.get(source.name, ""), plan.recipe.models[source.name].sha256
-        )
+        source.name: LockedInput(source.file.state.size, made.inputs.get(source.name, ""), made.sha256.get(source.name))
         for source in plan.inputs
     }
     outputs = {report.name: LockedOutput(report.bytes, report.content_hash or "") for report in made.outputs}

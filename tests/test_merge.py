@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 
-import mergekit_sd as mk
 import models
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from models import SD_BLOCKS, XL_BLOCKS, block_of, error_in_steps, f64, is_carried, recipe, same
 from test_operations import FORMULAS
 
+import mergekit_sd as mk
 from mergekit_sd.errors import FamilyMismatch, RecipeError, ShapeMismatch
 
 NEAR = 0.6  # float16 steps

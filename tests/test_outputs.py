@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mergekit_sd as mk
 import models
 import pytest
 import torch
 from models import DTYPES, bits, error_in_steps, f64, is_carried, recipe, same
 
+import mergekit_sd as mk
 from mergekit_sd.errors import DtypeOverflow, MissingTensors, NonFiniteResult, RecipeError, ShapeMismatch
 
 IDS = models.POSITION_IDS["sd1"]

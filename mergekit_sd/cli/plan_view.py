@@ -1,13 +1,29 @@
-"""A plan as a person reads it: inputs, steps with their block weights, outputs."""
+"""A plan as a person reads it: inputs, steps with their block weights, outputs, problems."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from mergekit_sd.cli.show import console, row, table
+import mergekit_sd as mk
+from mergekit_sd.cli.show import console, made_counts, print_error, print_warning, row, table
+from mergekit_sd.errors import MergekitError
 from mergekit_sd.text import count, listed, shown, size
 
 BARS = " ▁▂▃▄▅▆▇█"
+
+
+def tell_plan(plan: mk.Plan, *, force: bool, as_json: bool) -> tuple[dict[str, Any], MergekitError | None]:
+    """Print a plan (as text), and what a run would raise before it computes; both for the report, too."""
+    report = mk.plan_as_json(plan)
+    if not as_json:
+        print_plan(report)
+    try:
+        mk.check_run(plan, force=force)
+    except MergekitError as error:
+        print_error(error, as_json)
+        return report | {"error": error.as_json()}, error
+    return report, None
 
 
 def print_plan(plan: dict[str, Any]) -> None:
@@ -24,7 +40,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         _print_output(out, output)
     out.print(f"reads {size(plan['read_bytes'])}, writes {size(plan['write_bytes'])}")
     for warning in plan["warnings"]:
-        out.print(f"warning: {shown(warning)}")
+        print_warning(warning)
 
 
 def _print_step(out: Any, step: dict[str, Any]) -> None:
@@ -32,8 +48,8 @@ def _print_step(out: Any, step: dict[str, Any]) -> None:
     out.print(f"step {shown(step['name'])}: {step['op']}({operands})")
     for parameter, blocks in step["weights"].items():
         _print_weights(out, parameter, blocks)
-    notes = [f"{step['merged']:,} merged", f"{step['folded']:,} folded to copies", f"{step['carried']:,} carried over"]
-    out.print("  " + ", ".join(notes))
+    folded = {"merged": step["merged"], "folded to copies": step["folded"], "carried over": step["carried"]}
+    out.print("  " + made_counts(folded, {}))
     for what, names in (
         ("missing elsewhere, kept as they are", step["kept"]),
         ("only elsewhere, dropped", step["dropped"]),
@@ -67,8 +83,17 @@ def _block_order(block: str) -> tuple[int, str]:
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return f"{value[0]:.3g}–{value[1]:.3g}"
-    bar = BARS[round(min(max(value, 0.0), 1.0) * (len(BARS) - 1))]
+    bar = BARS[round(min(max(value, 0.0), 1.0) * (len(BARS) - 1))] if _has_bars() else " "
     return f"{value:.3g}{bar if bar != ' ' else ''}"
+
+
+def _has_bars() -> bool:
+    """Whether stdout can say a bar: "0.5" with a stand-in for it would read as another number."""
+    try:
+        BARS.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _print_output(out: Any, output: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--keep-going", is_flag=True, help="Go on with the next recipe after a failure.")
 @click.option("--skip-done", is_flag=True, help="Skip recipes that their lock says are done.")
 @click.option("--locked", is_flag=True, help="Refuse to differ from the recipe's lock.")
+@click.option("--hash", "sha256", is_flag=True, help="Put the sha256 of every input into the lock.")
 @output_root_option
 @engine_options
 @json_option

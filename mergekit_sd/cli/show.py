@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_sd.cli.layout import width
 from mergekit_sd.cli.streams import wanted_color
 from mergekit_sd.errors import MergekitError
 from mergekit_sd.events import Event, Noted, OutputFinished, OutputStarted, Progressed
-from mergekit_sd.text import shown, size
+from mergekit_sd.text import count, listed, shown, size
 
 if TYPE_CHECKING:
+    import mergekit_sd as mk
     from rich.console import Console
     from rich.table import Table
 
@@ -78,7 +81,7 @@ def print_error(error: MergekitError, as_json: bool = False) -> None:
 
 def error_lines(error: MergekitError) -> Iterable[str]:
     """An error as lines of plain text."""
-    yield click.style("error: ", fg="red", bold=True) + shown(error.message)
+    yield _labelled("error: ", error.message, fg="red", bold=True)
     place = shown(error.file) if error.file else ""
     if error.line:
         place += f":{error.line}" + (f":{error.column}" if error.column else "")
@@ -87,11 +90,47 @@ def error_lines(error: MergekitError) -> Iterable[str]:
     if error.key:
         yield f"  at  {shown(error.key)}"
     for detail in error.details[:MOST_DETAILS]:
-        yield f"   -  {detail}"
+        yield f"   -  {shown(detail)}"
     if len(error.details) > MOST_DETAILS:
         yield f"   -  … and {len(error.details) - MOST_DETAILS} more (all of them with --json)"
     if error.hint:
-        yield click.style("  try ", fg="cyan") + shown(error.hint)
+        yield _labelled("  try ", error.hint, fg="cyan")
+
+
+def print_warning(text: str) -> None:
+    """Something that the user should know, on stderr."""
+    click.echo(_labelled("warning: ", text, fg="yellow", bold=True), err=True, color=wanted_color())
+
+
+def _labelled(label: str, text: str, **style: Any) -> str:
+    """A coloured label and foreign text, escaped: on a terminal wrapped under itself, in a pipe one line."""
+    text = shown(text)
+    if sys.stderr.isatty():
+        room = max(width() - len(label), 20)
+        lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+        text = ("\n" + " " * len(label)).join(lines)
+    return click.style(label, **style) + text
+
+
+def print_made(report: mk.RunReport) -> None:
+    """What a run made: on stdout each file, on stderr what was odd about it."""
+    for output in report.outputs:
+        click.echo(f"{shown(str(output.path))}: {size(output.bytes)} in {output.seconds:.1f} s")
+        click.echo(f"  {made_counts(output.counts, output.dropped)}")
+        click.echo(f"  content {output.content_hash}")
+        for what, found in (("clamped", output.clamped), ("NaN or Inf", output.nonfinite)):
+            if found:
+                elements, where = count(sum(found.values()), "element"), count(len(found), "tensor")
+                print_warning(f"{what}: {elements} in {where}: {listed(found)}")
+    for name in report.skipped:
+        click.echo(f"{shown(name)}: done already")
+
+
+def made_counts(counts: Mapping[Any, int], dropped: Mapping[str, int]) -> str:
+    """`1,130 merged, 12 copied; dropped: 3 junk`."""
+    made = ", ".join(f"{number:,} {how}" for how, number in counts.items() if number)
+    left_out = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
+    return made + (f"; dropped: {left_out}" if left_out else "")
 
 
 class Talk:
@@ -113,14 +152,13 @@ class Talk:
         if self._as_json:
             click.echo(_json(event.as_json()), err=True)
         elif isinstance(event, Noted):
-            click.echo(click.style("warning: ", fg="yellow", bold=True) + shown(event.message), err=True)
+            print_warning(event.message)
         elif isinstance(event, OutputStarted):
             self._start_bar(event)
         elif isinstance(event, Progressed) and self._bar:
             self._bar.update(self._task, completed=event.done)
         elif isinstance(event, OutputFinished):
             self._end_bar()
-            click.echo(f"{shown(event.path)}: {size(event.bytes)} in {event.seconds:.1f} s", err=True)
 
     def _start_bar(self, event: OutputStarted) -> None:
         if not sys.stderr.isatty():

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mergekit_sd.execute.compare import Comparison
 from mergekit_sd.execute.ledger import Leaves, Ledger
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
 from mergekit_sd.execute.worker import Sink, Worker
-from mergekit_sd.formats.hashing import FileHashes, default_threads, file_hashes
+from mergekit_sd.formats.hashing import FileHashes, auto_v1, default_threads, sha256_file
 from mergekit_sd.formats.open import open_input
 from mergekit_sd.formats.reading import InputFile
 from mergekit_sd.formats.tensor import TensorInfo
@@ -36,7 +37,8 @@ TICK = 0.1  # seconds between progress events
 class RunOptions:
     """How to run a plan; none of it changes the bytes, but for `allow_nonfinite`.
 
-    `hashing`: make content hashes while streaming. `expected`: output name to the content hash
+    `hashing`: make content hashes while streaming. `sha256`: hash
+    every input file, for the lock. `expected`: output name to the content hash
     that a lock demands; `expected_inputs`: the same for model names.
     """
 
@@ -45,6 +47,7 @@ class RunOptions:
     allow_nonfinite: bool = False
     scan: bool = False
     hashing: bool = True
+    sha256: bool = False
     memory: int = MEMORY_BUDGET
     expected: Mapping[str, str] = field(default_factory=dict)
     expected_inputs: Mapping[str, str] = field(default_factory=dict)
@@ -72,10 +75,14 @@ class OutputReport:
 
 @dataclass(frozen=True)
 class Made:
-    """What a run made, and the content hash of what it used of each model (empty without hashing)."""
+    """What a run made, and of what.
+
+    By model name: the content hash of what was used (none without hashing), sha256 where known.
+    """
 
     outputs: tuple[OutputReport, ...]
     inputs: Mapping[str, str]
+    sha256: Mapping[str, str]
 
 
 def execute(
@@ -87,11 +94,13 @@ def execute(
     """Make every output of a plan, one after the other, each appearing as it is done."""
     check_targets(plan, options.force)
     cancel = cancel or CancelToken()
-    run = _Run(plan, options, check_pins(plan, cancel), Leaves(), on_event, cancel)
+    files = check_pins(plan, cancel, every=options.sha256)
+    run = _Run(plan, options, files, Leaves(), on_event, cancel)
     for warning in plan.warnings:
         on_event(Noted(warning))
     reports = tuple(write_output(run, output) for output in plan.outputs)
-    return Made(reports, run.input_hashes(plan.outputs) if options.hashing else {})
+    sha256 = {plan.inputs[number].name: each.sha256 for number, each in files.items()}
+    return Made(reports, run.input_hashes(plan.outputs) if options.hashing else {}, sha256)
 
 
 def compare(
@@ -143,22 +152,17 @@ class _Run:
         return {self.plan.inputs[n].name: self.leaves.content_hash(n, used[n]) for n in sorted(used)}
 
 
-def check_pins(plan: Plan, cancel: CancelToken | None = None) -> dict[int, FileHashes]:
-    """The file hashes that are pinned or asked for. Raises PinMismatch before a byte is written."""
-
-    def check(_done: int) -> None:
-        if cancel and cancel.cancelled:
-            raise Cancelled
-
-    files = {}
-    for number, source in enumerate(plan.inputs):
-        pin = plan.recipe.models[source.name].sha256
-        if pin or plan.metadata == "webui":
-            files[number] = file_hashes(source.file.path, check)
-        if pin and files[number].sha256 != pin.lower():
+def check_pins(plan: Plan, cancel: CancelToken | None = None, *, every: bool = False) -> dict[int, FileHashes]:
+    """The file hashes that are pinned or asked for (`every`), by input. Raises PinMismatch before a byte is written."""
+    pins = {number: plan.recipe.models[source.name].sha256 for number, source in enumerate(plan.inputs)}
+    wanted = [n for n, pin in pins.items() if pin or every or plan.metadata == "webui"]
+    files = dict(zip(wanted, _hashed([plan.inputs[n].file.path for n in wanted], cancel), strict=True))
+    for number, hashes in files.items():
+        pin, source = pins[number], plan.inputs[number]
+        if pin and hashes.sha256 != pin.lower():
             place = plan.recipe.error("", ("models", source.name, "sha256"))
             raise PinMismatch(
-                f'"{source.name}" is pinned to another file: its sha256 is {files[number].sha256}.',
+                f'"{source.name}" is pinned to another file: its sha256 is {hashes.sha256}.',
                 file=source.file.path,
                 key=place.key,
                 line=place.line,
@@ -166,6 +170,22 @@ def check_pins(plan: Plan, cancel: CancelToken | None = None) -> dict[int, FileH
                 hint="take the file that was meant, or change the pin",
             )
     return files
+
+
+def _hashed(paths: Sequence[Path], cancel: CancelToken | None) -> list[FileHashes]:
+    """sha256 and A1111's old hash of files, several at a time; a path that stands twice is read once."""
+
+    def check(_done: int) -> None:
+        if cancel and cancel.cancelled:
+            raise Cancelled
+
+    def hashes(path: Path) -> FileHashes:
+        return FileHashes(sha256_file(path, check), None, auto_v1(path))
+
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(default_threads()) as pool:
+        found = dict(zip(distinct, pool.map(hashes, distinct), strict=True))
+    return [found[path] for path in paths]
 
 
 def write_output(run: _Run, output: PlannedOutput) -> OutputReport:

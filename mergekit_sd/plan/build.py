@@ -57,7 +57,10 @@ def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
     models, steps, mixed = _follow_steps(recipe, used.steps, inputs)
     outputs = tuple(_plan_output(recipe, name, targets[name], models, inputs) for name in names)
     unbaked = reachable(recipe, [name for name in names if not recipe.outputs[name].vae]).steps
-    warnings = (*recipe.warnings, *(text for step, text in mixed.items() if step in unbaked))
+    samples = (
+        ("the recipe's [[samples]] are checked, but this version makes no pictures yet",) if recipe.samples else ()
+    )
+    warnings = (*recipe.warnings, *samples, *(text for step, text in mixed.items() if step in unbaked))
     plan = Plan(recipe, tuple(inputs.values()), tuple(steps), outputs, warnings, options.metadata)
     return replace(plan, outputs=tuple(place_output(plan, output, {}) for output in plan.outputs))
 
