@@ -445,8 +445,9 @@ def test_sweep_removes_only_dead_leftovers(tmp_path, source):
     os.mkfifo(tmp_path / f".pipe{writing.TEMPORARY_SUFFIX}")
     (tmp_path / f".folder{writing.TEMPORARY_SUFFIX}").mkdir()
     (tmp_path / f"no dot{writing.TEMPORARY_SUFFIX}").write_bytes(b"x")
+    before = set(names_in(tmp_path)) - {dead.name}
     with OutputFile(tmp_path / "live", 10) as live:
-        before = set(names_in(tmp_path))
+        before.add(live.temporary.name)
         make(tmp_path / "out", source)
         assert set(names_in(tmp_path)) == before | {"out"}
         dead.write_bytes(b"x")
@@ -678,15 +679,30 @@ def test_closed_input_stays_closed(tmp_path):
 # --- cancelling through the API ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["before", "pins"])
-def test_cancelled_before_a_byte_is_written(tmp_path, moment):
+@pytest.fixture
+def recipe(tmp_path):
     for seed, letter in enumerate("ab"):
         faults.write_model(tmp_path / f"{letter}.safetensors", seed, tensors=1, numel=1 << 18)
-    recipe = faults.write_recipe(tmp_path / "r.toml")
-    token = CancelToken()
+    return faults.write_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("metadata", ["full", "webui"])
+def test_cancelled_before_a_byte_is_written(tmp_path, recipe, metadata):
+    token, events = CancelToken(), []
     token.cancel()
     with pytest.raises(Cancelled):
-        mk.run(recipe, cancel=token, metadata="webui" if moment == "pins" else "full")
+        mk.run(recipe, cancel=token, metadata=metadata, on_event=events.append)
+    assert metadata == "full" or events == []  # not even the parents are hashed to their ends
     assert not (tmp_path / "out.safetensors").exists()
     assert faults.left_in(tmp_path) == []
+
+
+def test_a_token_listens_while_there_is_something_to_remove(tmp_path, recipe, monkeypatch):
+    """Then a signal handler leaves the ending to the run, which cannot be torn out of its cleaning up."""
+    token, seen = CancelToken(), []
+    for name in ("_claim", "_sync_folder"):
+        real = getattr(writing, name)
+        monkeypatch.setattr(writing, name, lambda *args, real=real: seen.append(token.listening) or real(*args))
+    mk.run(recipe, cancel=token)
+    assert seen == [True, True]
     assert not token.listening

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import click
 
 import mergekit_sd as mk
 from mergekit_sd.cli.options import json_option
-from mergekit_sd.cli.show import Talk, print_json
+from mergekit_sd.cli.show import Talk, made_counts, print_json
 from mergekit_sd.text import shown, size
 
 
@@ -21,7 +24,8 @@ def demo_command(token: mk.CancelToken, /, folder: Path, force: bool, as_json: b
     """Make three small SD1 checkpoints in FOLDER and merge them by the quickstart recipe."""
     say = (lambda _text: None) if as_json else click.echo
     recipe = mk.make_demo(folder, force=force)
-    say(f"Three small models of Stable Diffusion 1's layout, made by code (they cannot draw), in {shown(str(folder))}:")
+    say(f"Three small models of Stable Diffusion 1's layout, made by code, in {shown(str(folder))}")
+    say("(they cannot draw):\n")
     for path in sorted(folder.glob("*.safetensors")):
         say(f"  {path.name:26} {size(path.stat().st_size)}")
     say(f"\nTheir recipe, {shown(recipe.name)}:\n")
@@ -34,13 +38,13 @@ def demo_command(token: mk.CancelToken, /, folder: Path, force: bool, as_json: b
     if as_json:
         print_json({"folder": str(folder), **report.as_json()})
         return
-    counts = ", ".join(f"{number:,} {how}" for how, number in made.counts.items() if number)
-    say(f"Made {shown(str(made.path))} in one pass: {counts}.")
-    say(f"Content hash {made.content_hash}: run it again and it will be the same, bit for bit.\n")
+    say(f"Made {shown(str(made.path))} in one pass:\n")
+    say(f"  {size(made.bytes)} in {made.seconds:.1f} s; tensors: {made_counts(made.counts, made.dropped)}")
+    say(f"  content hash {made.content_hash}: run again, it is the same, bit for bit\n")
     say("Now look around:")
-    file, parent = shown(str(made.path)), shown(str(folder / "base.safetensors"))
+    file, parent, again = (_quoted(path) for path in (made.path, folder / "base.safetensors", recipe))
     for command, what in (
-        (f"plan {shown(str(recipe))} --force", "what the recipe does, block by block"),
+        (f"plan {again} --force", "what the recipe does, block by block"),
         (f"inspect {file}", "what is in the result"),
         (f"diff {parent} {file}", "how far it is from base, per block"),
         (f"recover {file}", "the recipe, back out of the file"),
@@ -48,3 +52,9 @@ def demo_command(token: mk.CancelToken, /, folder: Path, force: bool, as_json: b
     ):
         say(f"  mergekit-sd {command}")
         say(f"      {what}")
+
+
+def _quoted(path: Path) -> str:
+    """A path to be pasted into a shell."""
+    text = shown(str(path))
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)

@@ -15,7 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="One report as JSON on stdout, progress on stderr.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Tell what would be done, and stop.")
-threads_option = click.option("--threads", type=click.IntRange(1, 256), help="Threads; the bytes do not depend on it.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 256), metavar="N", help="Threads; the bytes do not depend on it."
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe: steps.mix.alpha=0.4."
 )

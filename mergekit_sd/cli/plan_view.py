@@ -13,7 +13,7 @@ from mergekit_sd.text import count, listed, shown, size
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def tell_plan(plan: mk.Plan, *, force: bool, as_json: bool) -> tuple[dict[str, Any], MergekitError | None]:
+def tell_plan(plan: Any, *, force: bool, as_json: bool) -> tuple[dict[str, Any], MergekitError | None]:
     """Print a plan (as text), and what a run would raise before it computes; both for the report, too."""
     report = mk.plan_as_json(plan)
     if not as_json:

@@ -18,9 +18,9 @@ from mergekit_sd.cli.options import (
     parsed_overrides,
     set_option,
 )
-from mergekit_sd.cli.show import Talk, print_error, print_json
+from mergekit_sd.cli.show import Talk, print_error, print_json, print_made, print_warning
 from mergekit_sd.errors import Cancelled, MergekitError
-from mergekit_sd.text import shown
+from mergekit_sd.text import count, shown
 
 RECIPES = click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECIPE…")
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -56,44 +56,47 @@ def run_command(
     for recipe in recipes:
         try:
             if dry_run:
-                reports.append(_planned(recipe, changes, as_json, options))
+                report, problem = _planned(recipe, changes, as_json, options)
+                reports.append(report)
             else:
-                with Talk(as_json) as talk:
-                    report = mk.run(recipe, set=changes, on_event=talk, cancel=token, **options)
-                _tell_run(report, as_json)
-                reports.append(report.as_json())
-        except Cancelled:
-            raise
+                reports.append(_made(recipe, changes, token, as_json, options))
+                problem = None
         except MergekitError as error:
-            if not keep_going:
-                raise
             print_error(error, as_json)
-            failures.append((recipe, error))
+            problem = error
+        if problem:
+            failures.append((recipe, problem))
+            if isinstance(problem, Cancelled) or not keep_going:
+                break
     if as_json:
-        print_json(_joined(reports, failures))
-    return failures[0][1].exit_code if failures else 0
+        print_json(_joined(reports, failures, len(recipes)))
+    return _exit_code([error for _, error in failures])
 
 
-def _joined(reports: list[dict[str, Any]], failures: list[tuple[Path, MergekitError]]) -> dict[str, Any]:
-    """One report of all recipes: a single one's own, or their outputs together."""
-    if len(reports) == 1 and not failures:
-        return reports[0]
+def _made(
+    recipe: Path, changes: dict[str, object], token: mk.CancelToken, as_json: bool, options: dict[str, Any]
+) -> dict[str, Any]:
+    with Talk(as_json) as talk:
+        report = mk.run(recipe, set=changes, on_event=talk, cancel=token, **options)
+    if not as_json:
+        print_made(report)
+    return report.as_json()
+
+
+def _exit_code(errors: list[MergekitError]) -> int:
+    """The first failure's, but a cancellation's before all."""
+    told = [error for error in errors if isinstance(error, Cancelled)] or errors
+    return told[0].exit_code if told else 0
+
+
+def _joined(reports: list[dict[str, Any]], failures: list[tuple[Path, MergekitError]], recipes: int) -> dict[str, Any]:
+    """One report of all recipes: a single one's own, or their outputs together; the first failure as "error"."""
+    error = {"error": failures[0][1].as_json()} if failures else {}
+    if recipes == 1:
+        return (reports[0] if reports else {}) | error
     outputs = [output | {"recipe": report["recipe"]} for report in reports for output in report["outputs"]]
     failed = [{"recipe": str(recipe), "error": error.as_json()} for recipe, error in failures]
-    return {"outputs": outputs, "recipes": reports, "failed": failed}
-
-
-def _tell_run(report: mk.RunReport, as_json: bool) -> None:
-    if as_json:
-        return
-    for output in report.outputs:
-        counts = ", ".join(f"{number:,} {how}" for how, number in output.counts.items() if number)
-        dropped = "".join(f", {number:,} {reason} dropped" for reason, number in output.dropped.items())
-        click.echo(f"{shown(str(output.path))}: {counts}{dropped}; content {output.content_hash}")
-        for name, number in output.clamped.items():
-            click.echo(f"  clamped {number:,} in {shown(name)}", err=True)
-    for name in report.skipped:
-        click.echo(f"{shown(name)}: done already")
+    return {"outputs": outputs, "recipes": reports, "failed": failed, **error}
 
 
 @click.command("plan")
@@ -109,22 +112,20 @@ def plan_command(recipe: Path, overrides: tuple[str, ...], as_json: bool, **opti
     Sizes, dtypes, each block's weight per step, what is merged, kept, dropped and copied. Ends
     with the exit code that `run` would have by then.
     """
-    report = _planned(recipe, parsed_overrides(overrides), as_json, options)
+    report, problem = _planned(recipe, parsed_overrides(overrides), as_json, options)
     if as_json:
         print_json(report)
-    return 0
+    return problem.exit_code if problem else 0
 
 
-def _planned(recipe: Path, changes: dict[str, object], as_json: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Print a plan (as text), then raise what a run would raise before computing."""
-    from mergekit_sd.cli.plan_view import print_plan
+def _planned(
+    recipe: Path, changes: dict[str, object], as_json: bool, options: dict[str, Any]
+) -> tuple[dict[str, Any], MergekitError | None]:
+    """Print a plan (as text), and what a run would raise before computing; both for the report, too."""
+    from mergekit_sd.cli.plan_view import tell_plan
 
     made = mk.plan(recipe, set=changes, output_root=options["output_root"], metadata=options["metadata"])
-    report = mk.plan_as_json(made)
-    if not as_json:
-        print_plan(report)
-    mk.check_run(made, force=options["force"])
-    return report
+    return tell_plan(made, force=options["force"], as_json=as_json)
 
 
 @click.command("check")
@@ -139,7 +140,7 @@ def check_command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> in
         print_json({"recipe": str(recipe), "ok": True, "warnings": warnings, "outputs": list(checked.outputs)})
         return 0
     for warning in checked.warnings:
-        click.echo(f"warning: {shown(warning)}", err=True)
-    models, steps, outputs = len(checked.models), len(checked.steps), len(checked.outputs)
-    click.echo(f"{shown(str(recipe))}: sound ({models} models, {steps} steps, {outputs} outputs)")
+        print_warning(warning)
+    parts = [("model", checked.models), ("step", checked.steps), ("output", checked.outputs)]
+    click.echo(f"{shown(str(recipe))}: sound ({', '.join(count(len(named), noun) for noun, named in parts)})")
     return 0

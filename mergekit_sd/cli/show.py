@@ -21,9 +21,10 @@ from mergekit_sd.events import Event, Noted, OutputFinished, OutputStarted, Prog
 from mergekit_sd.text import count, listed, shown, size
 
 if TYPE_CHECKING:
-    import mergekit_sd as mk
     from rich.console import Console
     from rich.table import Table
+
+    import mergekit_sd as mk
 
 MOST_DETAILS = 20
 
