@@ -8,27 +8,46 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_sd.errors import InputError
+from mergekit_sd.errors import InputError, MissingInput, PinMismatch, RecipeError, UsageError
 from mergekit_sd.events import CancelToken, Listener, ignore
 from mergekit_sd.execute.run import RunOptions, compare
+from mergekit_sd.formats.hashing import hash_file_tensors
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import ModelFile
 from mergekit_sd.plan.build import PlanOptions, build_plan
 from mergekit_sd.plan.metadata import RECIPE_KEY
-from mergekit_sd.plan.values import MetadataStyle
+from mergekit_sd.plan.values import MetadataStyle, Plan
+from mergekit_sd.recipe.graph import order
 from mergekit_sd.recipe.load import recipe_from_data
 from mergekit_sd.text import shown
 
-A1111_METHODS = {"Weighted sum": "weighted_sum", "Add difference": "add_difference"}
-SUPERMERGER_MODES = {"Weight": "weighted_sum", "Add": "add_difference", "Triple": "triple_sum", "Twice": "sum_twice"}
+A1111_METHODS = {
+    "No interpolation": (None, 1),
+    "Weighted sum": ("weighted_sum", 2),
+    "Add difference": ("add_difference", 3),
+}
+# supermerger's modes: "Weight sum", "Add difference", "Triple sum", "sum Twice", told by one word of each.
+SUPERMERGER_MODES = {
+    "Weight": ("weighted_sum", 2),
+    "Add": ("add_difference", 3),
+    "Triple": ("triple_sum", 3),
+    "Twice": ("sum_twice", 3),
+}
 SLOTS = ("a", "b", "c")
 UNET_BLOCKS = [f"IN{i:02}" for i in range(12)] + ["M00"] + [f"OUT{i:02}" for i in range(12)]
 SDXL_BLOCKS = [f"IN{i:02}" for i in range(9)] + ["M00"] + [f"OUT{i:02}" for i in range(9)]
+A1111_KEY, MODELS_KEY = "sd_merge_recipe", "sd_merge_models"
+SUPERMERGER_NOTES = ("supermerger also adds tensors found only in B; the recipe does not",)
+DAMAGED = "The recipe in its metadata is damaged."
+NO_COUNTERPART = "Its record is of a merge that has no counterpart here: "
+LOOK = "`mergekit-sd inspect` shows the record"
+_SHA256 = re.compile("[0-9a-fA-F]{64}")
 
 
 class NoRecipe(InputError):
@@ -53,14 +72,35 @@ def recover(path: str | Path) -> Recovered:
     """The recipe in a file's metadata. Raises NoRecipe where there is none."""
     file = open_model(Path(path))
     if RECIPE_KEY in file.metadata:
-        return _ours(file)
-    if "sd_merge_recipe" in file.metadata:
-        record = _object(file, "sd_merge_recipe")
-        models = _object(file, "sd_merge_models") if "sd_merge_models" in file.metadata else {}
-        return _supermerger(file, record) if "supermerger" in str(record.get("type")) else _a1111(file, record, models)
-    raise NoRecipe(
-        "Its metadata holds no recipe.", file=file.path, hint="only files that a merge tool labelled can be recovered"
-    )
+        return _checked(file, RECIPE_KEY, _ours(file))
+    if A1111_KEY not in file.metadata:
+        raise NoRecipe(
+            "Its metadata holds no recipe.",
+            file=file.path,
+            hint="only files that a merge tool labelled can be recovered",
+        )
+    record = _object(file, A1111_KEY)
+    known = _object(file, MODELS_KEY) if MODELS_KEY in file.metadata else {}
+    read = _supermerger if "supermerger" in str(record.get("type")) else _a1111
+    return _checked(file, A1111_KEY, read(file, record, known))
+
+
+def _checked(file: ModelFile, key: str, found: Recovered) -> Recovered:
+    """What was found as a recipe that is sound, said in the order in which it is done."""
+    try:
+        recipe = recipe_from_data(found.data, folder=file.path.parent)
+        steps = order(recipe)
+    except RecipeError as error:
+        message = f"The recipe in its metadata cannot be used: {error.message}"
+        raise NoRecipe(message, file=file.path, key=f"{key}: {error.key}" if error.key else key, hint=LOOK) from error
+    if len(recipe.outputs) != 1:
+        raise NoRecipe(DAMAGED, file=file.path, key=key, hint=LOOK)
+    first_used = [name for step in steps for name in step.operands.values()]
+    models = dict.fromkeys([*(name for name in first_used if name in recipe.models), *recipe.models])
+    data = {**found.data, "models": {name: found.data["models"][name] for name in models}}
+    if steps:
+        data["steps"] = {step.name: found.data["steps"][step.name] for step in steps}
+    return replace(found, data=data)
 
 
 @dataclass(frozen=True)
@@ -89,17 +129,42 @@ def verify(
     found = recover(path)
     if found.source != "mergekit-sd":
         raise NoRecipe("Only files that mergekit-sd made can be verified.", file=path)
+    if models and not Path(models).is_dir():
+        raise UsageError("This is not a folder.", file=models, hint="name the folder that the models are in")
     file = open_model(Path(path))
-    folder = Path(path).parent
-    search = (Path(models), folder) if models else (folder,)
-    style: MetadataStyle = "webui" if "sd_merge_recipe" in file.metadata else "full"
-    plan = build_plan(
-        recipe_from_data(found.data, folder=folder), PlanOptions(anywhere=True, metadata=style, search=search)
-    )
-    options = RunOptions(threads=threads, allow_nonfinite=True, expected_inputs=found.content)
-    different = compare(plan, Path(path), options, on_event, cancel)
+    style: MetadataStyle = "webui" if A1111_KEY in file.metadata else "full"
+    search = (*([Path(models)] if models else []), Path(path).parent)
+    try:
+        recipe = recipe_from_data(found.data, folder=Path(path).parent)
+        plan = build_plan(recipe, PlanOptions(anywhere=True, metadata=style, search=search))
+    except MissingInput as error:
+        hint = "name the folder that the models are in: --models DIR"
+        raise MissingInput(error.message, file=error.file, key=error.key, hint=hint) from error
+    options = RunOptions(threads=threads, allow_nonfinite=True)
+    try:
+        different = compare(plan, Path(path), options, on_event, cancel)
+    except PinMismatch:
+        _check_inputs(plan, found.content)
+        raise
+    if different:
+        _check_inputs(plan, found.content)
     inputs = {source.name: str(source.file.path) for source in plan.inputs}
     return Verification(str(path), not different, different, inputs)
+
+
+def _check_inputs(plan: Plan, content: Mapping[str, str]) -> None:
+    """Once the bytes differ: is it because a model is not the one that was used? Raises PinMismatch."""
+    used = plan.outputs[0].reads()
+    for number, source in enumerate(plan.inputs):
+        digest = hash_file_tensors(source.file, used.get(number, ()))
+        if digest != content[source.name]:
+            raise PinMismatch(
+                f'"{source.name}" is not the model that was used: its content hash is {digest}, '
+                f"not {content[source.name]}.",
+                file=source.file.path,
+                key=f"models.{source.name}",
+                hint="name the folder that the right one is in: --models DIR",
+            )
 
 
 def _object(file: ModelFile, key: str) -> dict[str, Any]:
@@ -108,7 +173,7 @@ def _object(file: ModelFile, key: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise NoRecipe("The recipe in its metadata is damaged.", file=file.path, key=key)
+        raise NoRecipe(DAMAGED, file=file.path, key=key, hint=LOOK)
     return value
 
 
@@ -117,88 +182,111 @@ def _ours(file: ModelFile) -> Recovered:
     try:
         models = {name: dict(entry) for name, entry in data["models"].items()}
         outputs = {name: {**entry, "file": file.path.name} for name, entry in data["outputs"].items()}
+        if "date" in data:
+            data["date"] = datetime.date.fromisoformat(str(data["date"]))
     except (KeyError, AttributeError, TypeError, ValueError):
-        raise NoRecipe("The recipe in its metadata is damaged.", file=file.path, key=RECIPE_KEY) from None
+        raise NoRecipe(DAMAGED, file=file.path, key=RECIPE_KEY, hint=LOOK) from None
     content = {name: str(entry.pop("content", "")) for name, entry in models.items()}
-    if "date" in data:
-        data["date"] = datetime.date.fromisoformat(str(data["date"]))
     return Recovered("mergekit-sd", {**data, "models": models, "outputs": outputs}, content, ())
 
 
-def _a1111(file: ModelFile, record: dict[str, Any], models: dict[str, Any]) -> Recovered:
-    method = record.get("interp_method")
-    hashes = [record.get(f"{place}_model_hash") for place in ("primary", "secondary", "tertiary")]
-    count = {"No interpolation": 1, "Weighted sum": 2, "Add difference": 3}.get(str(method))
-    if count is None or not all(hashes[:count]):
-        raise NoRecipe(
-            f'Its record is of a merge that has no counterpart here: "{shown(str(method))}".',
-            file=file.path,
-            hint="`mergekit-sd inspect` shows the record",
-        )
-    notes = []
-    used: dict[str, Any] = {}
-    for slot, digest in zip(SLOTS[:count], map(str, hashes), strict=False):
-        known = models.get(digest)
-        name = known.get("name") if isinstance(known, dict) else None
-        used[slot] = {"file": str(name or f"{digest[:10]}.safetensors"), "sha256": digest}
-    output: dict[str, Any] = {"model": "a" if count == 1 else "merge", "file": file.path.name}
+def _a1111(file: ModelFile, record: dict[str, Any], known: dict[str, Any]) -> Recovered:
+    method = str(record.get("interp_method"))
+    if method not in A1111_METHODS:
+        raise NoRecipe(f'{NO_COUNTERPART}"{shown(method)}".', file=file.path, key=A1111_KEY, hint=LOOK)
+    operation, number = A1111_METHODS[method]
+    places = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
+    models = _models(file, known, [record.get(place) for place in places[:number]])
+    output: dict[str, Any] = {"model": "merge" if operation else "a", "file": file.path.name}
     if not record.get("save_as_half"):
         output["dtype"] = "keep"
     if record.get("bake_in_vae") not in (None, "None", ""):
-        used["vae"] = {"file": str(record["bake_in_vae"])}
+        models["vae"] = {"file": _portable(str(record["bake_in_vae"]))}
         output["vae"] = "vae"
-    if record.get("discard_weights"):
-        notes.append(f"A1111 discarded weights by {shown(repr(record['discard_weights']))}; the recipe does not")
-    data: dict[str, Any] = {"recipe": 1, "title": str(record.get("custom_name") or file.path.stem), "models": used}
-    if count > 1:
-        operands = {slot: slot for slot in SLOTS[:count]}
-        step = {"op": A1111_METHODS[str(method)], **operands, "alpha": record.get("multiplier", 0.5)}
-        data["steps"] = {"merge": step | _extrapolation(step["alpha"])}
-    return Recovered("a1111", data | {"outputs": {"output": output}}, {}, tuple(notes))
+    step = {"op": operation, **{slot: slot for slot in SLOTS[:number]}, "alpha": record.get("multiplier")}
+    left_out = record.get("discard_weights")
+    notes = (f"the WebUI left out weights that match {shown(repr(left_out))}; the recipe does not",) if left_out else ()
+    return Recovered("a1111", _recipe(file, record, models, step if operation else None, output), {}, notes)
 
 
-def _supermerger(file: ModelFile, record: dict[str, Any]) -> Recovered:
-    mode = str(record.get("mode", "")).split("(")[0].strip()
-    calculation = str(record.get("calcmode", "normal"))
-    if mode not in SUPERMERGER_MODES or calculation != "normal" or record.get("elemental_merge"):
-        what = f"mode {mode}, calculation {calculation}" + (", elemental" if record.get("elemental_merge") else "")
+def _supermerger(file: ModelFile, record: dict[str, Any], known: dict[str, Any]) -> Recovered:
+    mode = str(record.get("mode", ""))
+    word = next((word for word in SUPERMERGER_MODES if word in mode), None)
+    unknown = [f"mode {mode}"] if word is None else []
+    if record.get("calcmode", "normal") != "normal":
+        unknown.append(f"calculation {record['calcmode']}")
+    if record.get("elemental_merge"):
+        unknown.append("elemental merge")
+    unknown += [f"{how} blocks" for how in ("Include", "Exclude") if any(record.get(how) or ())]
+    if word is None or unknown:
         raise NoRecipe(
-            f"Its record is of a supermerger merge that has no counterpart here yet: {shown(what)}.",
-            file=file.path,
-            hint="`mergekit-sd inspect` shows the record",
+            f"{NO_COUNTERPART}supermerger, {shown(', '.join(unknown))}.", file=file.path, key=A1111_KEY, hint=LOOK
         )
-    count = 2 if mode == "Weight" else 3
-    names = {slot: str(record.get(f"model_{slot}", "")) for slot in SLOTS[:count]}
-    step: dict[str, Any] = {"op": SUPERMERGER_MODES[mode], **{slot: slot for slot in names}}
-    step["alpha"] = _supermerger_weights(file, record, "alpha")
-    if mode in ("Triple", "Twice"):
-        step["beta"] = _supermerger_weights(file, record, "beta")
-    models = {slot: {"file": name.split(" [")[0]} for slot, name in names.items()}
-    data = {
-        "recipe": 1,
-        "title": str(record.get("custom_name") or file.path.stem),
-        "models": models,
-        "steps": {"merge": step},
-        "outputs": {"output": {"model": "merge", "file": file.path.name}},
-    }
-    return Recovered("supermerger", data, {}, ("supermerger also adds tensors found only in B; the recipe does not",))
+    operation, number = SUPERMERGER_MODES[word]
+    models = _models(file, known, [record.get(f"model_{slot}") for slot in SLOTS[:number]])
+    step: dict[str, Any] = {"op": operation, **{slot: slot for slot in models}}
+    for parameter in ("alpha", "beta") if word in ("Triple", "Twice") else ("alpha",):
+        step[parameter] = _supermerger_weights(file, record, parameter)
+    data = _recipe(file, record, models, step, {"model": "merge", "file": file.path.name})
+    return Recovered("supermerger", data, {}, SUPERMERGER_NOTES)
+
+
+def _recipe(
+    file: ModelFile,
+    record: dict[str, Any],
+    models: dict[str, Any],
+    step: dict[str, Any] | None,
+    output: dict[str, Any],
+) -> dict[str, Any]:
+    title = str(record.get("custom_name") or file.path.stem)
+    data: dict[str, Any] = {"recipe": 1, "title": title, "models": models}
+    if step:
+        if any(_beyond(step.get(parameter)) for parameter in ("alpha", "beta")):
+            step["extrapolate"] = True
+        data["steps"] = {"merge": step}
+    return {**data, "outputs": {"output": output}}
+
+
+def _models(file: ModelFile, known: dict[str, Any], said: list[Any]) -> dict[str, Any]:
+    """What a record says of its models, by slot: a sha256 whose file the other record names, or a name."""
+    models: dict[str, Any] = {}
+    for slot, what in zip(SLOTS, said, strict=False):
+        if not isinstance(what, str) or not what:
+            raise NoRecipe(f"Its record does not say which file model {slot} was.", file=file.path, hint=LOOK)
+        if not _SHA256.fullmatch(what):
+            models[slot] = {"file": _portable(what.split(" [")[0])}
+            continue
+        entry = known.get(what)
+        name = entry.get("name") if isinstance(entry, dict) else None
+        models[slot] = {"file": _portable(str(name or f"{what[:10]}.safetensors")), "sha256": what.lower()}
+    return models
+
+
+def _portable(name: str) -> str:
+    """A path as the WebUI on Windows writes it, with slashes."""
+    return name.replace("\\", "/")
 
 
 def _supermerger_weights(file: ModelFile, record: dict[str, Any], which: str) -> Any:
-    """A number, or a table of blocks: 25 for SD1; for SDXL 19 and a slot for the VAE."""
-    base = float(record.get(f"base_{which}", 0.5))
-    if not record.get("mbw"):
-        return base
+    """A number, or a table of blocks: 25 for SD1; for SDXL 19, and a slot for the VAE."""
+    key = f"weights_{which}" if record.get("mbw") else f"base_{which}"
+    said = record.get(key)
     try:
-        numbers = [float(part) for part in str(record.get(f"weights_{which}")).split(",")]
-    except ValueError:
-        numbers = []
+        base = float(record[f"base_{which}"])
+        if not record.get("mbw"):
+            return base
+        numbers = [float(part) for part in (said if isinstance(said, list) else str(said).split(","))]
+    except (KeyError, TypeError, ValueError):
+        raise NoRecipe(f"Its record has no weights in {key}.", file=file.path, key=A1111_KEY, hint=LOOK) from None
     if len(numbers) == len(UNET_BLOCKS):
         return {"base": base, **dict(zip(UNET_BLOCKS, numbers, strict=True))}
-    if len(numbers) == len(SDXL_BLOCKS) + 1:
-        return {"base": base, **dict(zip(SDXL_BLOCKS, numbers[:-1], strict=True)), "vae": numbers[-1]}
-    raise NoRecipe(f"Its record has {len(numbers)} block weights for {which}.", file=file.path)
+    if len(numbers) in (len(SDXL_BLOCKS), len(SDXL_BLOCKS) + 1):
+        blocks = dict(zip(SDXL_BLOCKS, numbers, strict=False))
+        return {"base": base, **blocks, **({"vae": numbers[-1]} if len(numbers) > len(SDXL_BLOCKS) else {})}
+    message = f"Its record has {len(numbers)} block weights in {key}; 25 were expected, for SDXL 19 or 20."
+    raise NoRecipe(message, file=file.path, key=A1111_KEY, hint=LOOK)
 
 
-def _extrapolation(alpha: Any) -> dict[str, bool]:
-    return {} if isinstance(alpha, int | float) and 0 <= alpha <= 1 else {"extrapolate": True}
+def _beyond(weights: Any) -> bool:
+    numbers = weights.values() if isinstance(weights, dict) else [weights]
+    return any(isinstance(number, int | float) and not 0 <= number <= 1 for number in numbers)

@@ -261,7 +261,8 @@ def test_both_text_encoders_of_sdxl():
 def assert_unknown(shapes):
     layout = detect(header(shapes))
     assert (layout.kind, layout.architecture) == ("unknown", None)
-    assert set(roles(layout)) <= {Role.unknown}
+    # What a name says by itself holds in any layout; nothing is junk, nothing a component's weight.
+    assert set(roles(layout)) <= {Role.unknown, Role.schedule, Role.position_ids, Role.marker, Role.ema}
     assert {place.component for place in layout.places.values()} <= {None}
 
 
@@ -398,3 +399,15 @@ def test_some_stray_adapter_names_make_no_adapter():
 def test_prediction(name, marker, expected):
     shapes = full(name) | ({marker: (0,)} if marker else {})
     assert prediction_hint(header(shapes)) == expected
+
+
+def test_names_that_speak_for_themselves_are_known_in_any_layout():
+    names = {
+        "text.embeddings.position_ids": Role.position_ids,
+        "betas": Role.schedule,
+        "v_pred": Role.marker,
+        "model_ema.decay": Role.ema,
+        "some.weight": Role.unknown,
+    }
+    layout = detect(header(dict.fromkeys(names, (3,))))
+    assert {name: place.role for name, place in layout.places.items()} == names

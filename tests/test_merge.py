@@ -488,3 +488,16 @@ def test_nothing_in_common_is_refused(tmp_path):
     with pytest.raises(FamilyMismatch, match="no tensor in common") as caught:
         mk.run(where)
     assert caught.value.details
+
+
+def test_names_that_speak_for_themselves_are_carried_in_an_unknown_layout(tmp_path):
+    ids = torch.arange(4, dtype=torch.float32)[None]
+    for name, seed in (("a", 1.0), ("b", 5.0)):
+        tensors = {"text.embeddings.position_ids": ids + seed, "betas": ids[0] * seed, "x.weight": ids * seed}
+        models.write(tmp_path / f"{name}.safetensors", tensors)
+    merged = mk.ops.weighted_sum(mk.open(tmp_path / "a.safetensors"), mk.open(tmp_path / "b.safetensors"), alpha=0.5)
+    mk.save(merged, tmp_path / "out.safetensors", dtype="fp32", position_ids="keep")
+    made = models.read(tmp_path / "out.safetensors")
+    assert torch.equal(made["text.embeddings.position_ids"], ids + 1)
+    assert torch.equal(made["betas"], ids[0])
+    assert torch.equal(made["x.weight"], ids * 3)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import threading
@@ -29,6 +28,9 @@ from mergekit_sd.formats import writing
 from mergekit_sd.formats.open import open_input
 from mergekit_sd.formats.reading import Positional
 from mergekit_sd.formats.writing import OutputFile, check_folder, check_target, sweep
+
+fcntl = pytest.importorskip("fcntl")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
 
 OLD = b"old"
 NEW = os.urandom(3 << 20)

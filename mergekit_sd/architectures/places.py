@@ -16,11 +16,25 @@ _UNKNOWN = Place(None, None, Role.unknown)
 _JUNK = Place(None, None, Role.junk)
 _EMA = Place(None, None, Role.ema)
 _MARKER = Place(None, None, Role.marker)
+_SCHEDULE = Place(None, None, Role.schedule)
+_POSITION_IDS = Place(None, None, Role.position_ids)
 
 
 def unknown(names: Iterable[str]) -> dict[str, Place]:
-    """Every name, unrecognised: nothing is junk where we do not know the architecture."""
-    return dict.fromkeys(names, _UNKNOWN)
+    """Names of no known architecture: nothing is junk, but what a name says by itself holds here, too.
+
+    Schedule buffers, markers, EMA weights and position_ids are never merged, whatever the layout.
+    """
+    return {name: _by_name_alone(name) or _UNKNOWN for name in names}
+
+
+def _by_name_alone(name: str) -> Place | None:
+    data = catalog.read_data("names")
+    if name in data["schedule"] or name in data["optional_schedule"]:
+        return _SCHEDULE
+    if name.endswith(".position_ids"):
+        return _POSITION_IDS
+    return _EMA if is_ema(name) else _MARKER if _is_marker(name) else None
 
 
 def of_architecture(architecture: Architecture, names: Iterable[str], *, bare_unet: bool) -> dict[str, Place]:

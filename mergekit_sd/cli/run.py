@@ -141,6 +141,6 @@ def check_command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> in
         return 0
     for warning in checked.warnings:
         print_warning(warning)
-    parts = [("model", checked.models), ("step", checked.steps), ("output", checked.outputs)]
-    click.echo(f"{shown(str(recipe))}: sound ({', '.join(count(len(named), noun) for noun, named in parts)})")
+    parts = {"model": len(checked.models), "step": len(checked.steps), "output": len(checked.outputs)}
+    click.echo(f"{shown(str(recipe))}: sound ({', '.join(count(n, noun) for noun, n in parts.items())})")
     return 0

@@ -93,7 +93,7 @@ def read_lock(path: Path) -> Lock | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PinMismatch(
             f"The lock cannot be read: {error}.", file=path, hint="delete it; the next run makes a new one"
         ) from error
