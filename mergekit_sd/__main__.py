@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -20,7 +21,20 @@ def main() -> None:
         code = 130
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)  # it is over: the code stands, whatever the shutdown takes
+    if code == 130:
+        _end_at_once()
     sys.exit(code)
+
+
+def _end_at_once() -> None:
+    """Without the interpreter's shutdown: half-imported modules may not survive it.
+
+    Python would also kill itself by SIGINT where the KeyboardInterrupt passed an `exec` of text, as in dataclasses.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(130)
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

@@ -221,6 +221,22 @@ def test_interrupted_while_importing(place, tmp_path_factory, delay, number):
     check_untouched(place)
 
 
+@pytest.mark.parametrize("error", ["ImportError('cannot load module more than once')", "SystemError('no exception')"])
+def test_interrupt_that_an_import_made_something_else_of(server, place, error):
+    before = f"""
+import os, signal, sys
+def open_model(path):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for("never")
+    except KeyboardInterrupt as error:
+        raise {error} from error
+sys.modules["mergekit_sd.plan.build"].open_model = open_model
+"""
+    check_refused(server.run("run", place / "r.toml", "--force", before=before), 130, CANCELLED)
+    check_untouched(place)
+
+
 def test_a_token_is_cancelled_within_its_own_handler():
     """A second signal may interrupt the handler of the first, anywhere in `cancel()`."""
     from mergekit_sd.events import CancelToken

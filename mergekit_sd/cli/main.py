@@ -125,6 +125,8 @@ def run(arguments: list[str]) -> int:
         except MemoryError:
             return _tell(_out_of_memory(), json_wanted)
         except Exception as error:
+            if token.cancelled:  # an import that is cut short may make anything of the KeyboardInterrupt
+                return _tell(Cancelled(), json_wanted)
             return _tell_bug(error)
 
 

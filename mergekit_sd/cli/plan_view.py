@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import Any
 
 import mergekit_sd as mk
+from mergekit_sd.cli.layout import width
 from mergekit_sd.cli.show import console, made_counts, print_error, print_warning, row, table
 from mergekit_sd.errors import MergekitError
 from mergekit_sd.text import count, listed, shown, size
 
 BARS = " ▁▂▃▄▅▆▇█"
+CELL = 11  # columns of a block and its weight
 
 
 def tell_plan(plan: Any, *, force: bool, as_json: bool) -> tuple[dict[str, Any], MergekitError | None]:
@@ -45,18 +48,26 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def _print_step(out: Any, step: dict[str, Any]) -> None:
     operands = ", ".join(f"{name} = {shown(source)}" for name, source in step["operands"].items())
-    out.print(f"step {shown(step['name'])}: {step['op']}({operands})")
+    _say(out, 0, f"step {shown(step['name'])}: {step['op']}({operands})", wrap=True)
     for parameter, blocks in step["weights"].items():
         _print_weights(out, parameter, blocks)
     folded = {"merged": step["merged"], "folded to copies": step["folded"], "carried over": step["carried"]}
-    out.print("  " + made_counts(folded, {}))
+    _say(out, 2, made_counts(folded, {}), wrap=True)
     for what, names in (
         ("missing elsewhere, kept as they are", step["kept"]),
         ("only elsewhere, dropped", step["dropped"]),
     ):
         if names:
-            out.print(f"  {count(len(names), 'tensor')} {what}: {listed(names)}")
+            _say(out, 2, f"{count(len(names), 'tensor')} {what}: {listed(names)}", wrap=True)
     out.print()
+
+
+def _say(out: Any, indent: int, text: str, *, wrap: bool = False) -> None:
+    """One line; a list of names is wrapped under itself, for a path that is left to the terminal."""
+    lines = [text]
+    if wrap:
+        lines = textwrap.wrap(text, width() - indent - 2, break_long_words=False, break_on_hyphens=False)
+    out.print("\n".join(" " * (indent + 2 * bool(n)) + line for n, line in enumerate(lines)), soft_wrap=True)
 
 
 def _print_weights(out: Any, parameter: str, blocks: dict[str, Any]) -> None:
@@ -70,9 +81,11 @@ def _print_weights(out: Any, parameter: str, blocks: dict[str, Any]) -> None:
     for block in sorted(blocks, key=_block_order):
         group = block.rstrip("0123456789") if block[-1:].isdigit() else "rest"
         rows.setdefault(group, []).append(f"{block} {_cell(blocks[block])}")
+    widest = max(len(cell) for cells in rows.values() for cell in cells[:-1] or cells)
+    number = 6 if widest <= CELL else 4  # so that 12 blocks fill their rows, within 80 columns
     for cells in rows.values():
-        for start in range(0, len(cells), 6):
-            out.print("    " + "  ".join(cell.ljust(11) for cell in cells[start : start + 6]).rstrip())
+        for start in range(0, len(cells), number):
+            _say(out, 4, "  ".join(cell.ljust(max(widest, CELL)) for cell in cells[start : start + number]).rstrip())
 
 
 def _block_order(block: str) -> tuple[int, str]:
@@ -100,10 +113,11 @@ def _print_output(out: Any, output: dict[str, Any]) -> None:
     what = output["architecture"] or "unknown layout"
     dtypes = ", ".join(f"{name} × {number:,}" for name, number in sorted(output["dtypes"].items()))
     tensors = output["tensors"]
-    out.print(f"output {shown(output['name'])}: {shown(output['path'])}")
-    out.print(f"  {what}, {size(output['bytes'])}, {count(tensors['total'], 'tensor')} ({dtypes})")
-    how = [f"{tensors[how]:,} {how}" for how in ("merged", "cast", "copied", "constant") if tensors[how]]
-    out.print("  " + ", ".join(how))
+    _say(out, 0, f"output {shown(output['name'])}: {shown(output['path'])}")
+    predicts = f", predicts {output['prediction']}" if output["prediction"] else ""
+    made = f"{what}{predicts}, {size(output['bytes'])}, {count(tensors['total'], 'tensor')} ({dtypes})"
+    _say(out, 2, made, wrap=True)
+    _say(out, 2, made_counts({how: tensors[how] for how in ("merged", "cast", "copied", "constant")}, {}))
     for reason, names in output["dropped"].items():
-        out.print(f"  {count(len(names), 'tensor')} dropped as {reason}: {listed(names)}")
+        _say(out, 2, f"{count(len(names), 'tensor')} dropped as {reason}: {listed(names)}", wrap=True)
     out.print()
