@@ -162,4 +162,4 @@ class Cancelled(MergekitError):
     exit_code = 130
 
     def __init__(self) -> None:
-        super().__init__("Cancelled; nothing was written.")
+        super().__init__("Cancelled; of the output under way nothing was left behind.")

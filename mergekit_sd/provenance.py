@@ -129,17 +129,7 @@ def verify(
     found = recover(path)
     if found.source != "mergekit-sd":
         raise NoRecipe("Only files that mergekit-sd made can be verified.", file=path)
-    if models and not Path(models).is_dir():
-        raise UsageError("This is not a folder.", file=models, hint="name the folder that the models are in")
-    file = open_model(Path(path))
-    style: MetadataStyle = "webui" if A1111_KEY in file.metadata else "full"
-    search = (*([Path(models)] if models else []), Path(path).parent)
-    try:
-        recipe = recipe_from_data(found.data, folder=Path(path).parent)
-        plan = build_plan(recipe, PlanOptions(anywhere=True, metadata=style, search=search))
-    except MissingInput as error:
-        hint = "name the folder that the models are in: --models DIR"
-        raise MissingInput(error.message, file=error.file, key=error.key, hint=hint) from error
+    plan = _plan_again(found, Path(path), Path(models) if models else None)
     options = RunOptions(threads=threads, allow_nonfinite=True)
     try:
         different = compare(plan, Path(path), options, on_event, cancel)
@@ -150,6 +140,20 @@ def verify(
         _check_inputs(plan, found.content)
     inputs = {source.name: str(source.file.path) for source in plan.inputs}
     return Verification(str(path), not different, different, inputs)
+
+
+def _plan_again(found: Recovered, path: Path, models: Path | None) -> Plan:
+    """The plan that a file's recipe makes; its metadata are of the style that the file has."""
+    if models and not models.is_dir():
+        raise UsageError("This is not a folder.", file=models, hint="name the folder that the models are in")
+    style: MetadataStyle = "webui" if A1111_KEY in open_model(path).metadata else "full"
+    search = (*([models] if models else []), path.parent)
+    try:
+        recipe = recipe_from_data(found.data, folder=path.parent)
+        return build_plan(recipe, PlanOptions(anywhere=True, metadata=style, search=search))
+    except MissingInput as error:
+        hint = "name the folder that the models are in: --models DIR"
+        raise MissingInput(error.message, file=error.file, key=error.key, hint=hint) from error
 
 
 def _check_inputs(plan: Plan, content: Mapping[str, str]) -> None:

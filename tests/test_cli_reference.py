@@ -13,10 +13,10 @@ import pytest
 
 from mergekit_sd.cli.main import run
 from mergekit_sd.operations import OPERATIONS
-from mergekit_sd.reference import example_recipe, find_operation, folds, markdown, one_shot
 from mergekit_sd.recipe.load import load_recipe
 from mergekit_sd.recipe.presets import PRESETS, SD_BLOCKS, preset
 from mergekit_sd.recipe.schema import recipe_json_schema
+from mergekit_sd.reference import example_recipe, find_operation, folds, markdown, one_shot
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import story
 
 import mergekit_sd as mk
 
@@ -59,3 +60,18 @@ def test_a_room_does_not_hide_a_name(room):
     code += "import mergekit_sd.plan.build; from mergekit_sd import plan; assert plan is mk.plan\n"
     code += "mk.run; assert callable(mk.run) and callable(mk.open) and callable(mk.load)"
     assert "torch" not in imported_by(code)
+
+
+# --- commands -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["plan", "r.toml"], ["check", "r.toml"], ["inspect", "base.safetensors"]],
+)
+def test_what_reads_headers_imports_no_torch(tmp_path_factory, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(story.room(tmp_path_factory, tmp_path))
+    found = imported_by(f"from mergekit_sd.cli.main import run; assert run({arguments!r}) == 0")
+    assert "torch" not in found
+    assert "textual" not in found
+    assert "rich" not in found or arguments[0] in ("plan", "inspect")

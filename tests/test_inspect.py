@@ -16,8 +16,8 @@ from mergekit_sd.architectures import ema_name
 from mergekit_sd.cli.inspect import hash_command, inspect_command
 from mergekit_sd.errors import MissingInput
 from mergekit_sd.formats.dtypes import DTYPES
-from mergekit_sd.inspection import bytes_to_read, inspect_file
 from mergekit_sd.formats.values import decode
+from mergekit_sd.inspection import bytes_to_read, inspect_file
 
 POSITION_IDS = CLIP + "text_model.embeddings.position_ids"
 CONTRACT = {

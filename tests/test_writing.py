@@ -24,10 +24,11 @@ from mergekit_sd.errors import (
 )
 from mergekit_sd.events import CancelToken
 from mergekit_sd.execute import run as execution
-from mergekit_sd.formats import writing
+from mergekit_sd.formats import claims, writing
+from mergekit_sd.formats.claims import sweep
 from mergekit_sd.formats.open import open_input
 from mergekit_sd.formats.reading import Positional
-from mergekit_sd.formats.writing import OutputFile, check_folder, check_target, sweep
+from mergekit_sd.formats.writing import OutputFile, check_folder, check_target
 
 fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
@@ -260,7 +261,7 @@ class Fault:
 @pytest.mark.parametrize("committed", [True, False], ids=["committed", "aborted"])
 def test_every_call_fails_in_turn(target, source, monkeypatch, owner, name, code, committed):
     monkeypatch.setattr(writing, "FLUSH_INTERVAL", 0.001)
-    monkeypatch.setattr(writing, "CLAIM_PAUSE", 0)
+    monkeypatch.setattr(claims, "CLAIM_PAUSE", 0)
     for number in range(1, 200):
         target.write_bytes(OLD)
         before = descriptors()
@@ -441,13 +442,13 @@ def test_impatient_caller_waits_for_the_threads():
 
 
 def test_sweep_removes_only_dead_leftovers(tmp_path, source):
-    dead = tmp_path / f".dead{writing.TEMPORARY_SUFFIX}"
+    dead = tmp_path / f".dead{claims.TEMPORARY_SUFFIX}"
     dead.write_bytes(b"x")
     (tmp_path / "kept").write_bytes(b"kept")
-    (tmp_path / f".link{writing.TEMPORARY_SUFFIX}").symlink_to("kept")
-    os.mkfifo(tmp_path / f".pipe{writing.TEMPORARY_SUFFIX}")
-    (tmp_path / f".folder{writing.TEMPORARY_SUFFIX}").mkdir()
-    (tmp_path / f"no dot{writing.TEMPORARY_SUFFIX}").write_bytes(b"x")
+    (tmp_path / f".link{claims.TEMPORARY_SUFFIX}").symlink_to("kept")
+    os.mkfifo(tmp_path / f".pipe{claims.TEMPORARY_SUFFIX}")
+    (tmp_path / f".folder{claims.TEMPORARY_SUFFIX}").mkdir()
+    (tmp_path / f"no dot{claims.TEMPORARY_SUFFIX}").write_bytes(b"x")
     before = set(names_in(tmp_path)) - {dead.name}
     with OutputFile(tmp_path / "live", 10) as live:
         before.add(live.temporary.name)
@@ -477,7 +478,7 @@ def test_second_writer_is_refused(target, source):
 
 def test_without_locks_nothing_is_swept(target, monkeypatch):
     """On a disk that has no locks, a live run cannot be told from a dead one."""
-    monkeypatch.setattr(writing, "CLAIM_PAUSE", 0)
+    monkeypatch.setattr(claims, "CLAIM_PAUSE", 0)
     monkeypatch.setattr(fcntl, "flock", Fault(fcntl.flock, -1, errno.ENOLCK))
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
     with OutputFile(target, 10) as first:
@@ -513,7 +514,7 @@ def test_sweepers_and_claimers_do_not_meet(tmp_path):
 
 def test_a_sweep_between_creating_and_locking(target, monkeypatch):
     """The worst moment: another sweep has just locked the new file, and holds it while we try again."""
-    real, held = writing._lock, []
+    real, held = claims._lock, []
 
     def lock(descriptor):
         if not held:
@@ -523,7 +524,7 @@ def test_a_sweep_between_creating_and_locking(target, monkeypatch):
             threading.Timer(0.05, os.close, [other]).start()
         return real(descriptor)
 
-    monkeypatch.setattr(writing, "_lock", lock)
+    monkeypatch.setattr(claims, "_lock", lock)
     with OutputFile(target, 1) as output:
         output.write(memoryview(b"x"), 0)
         output.sync()
@@ -540,7 +541,7 @@ LACKING = ["preadv", "pwrite", "copy_file_range", "posix_fallocate", "fdatasync"
 def bare(monkeypatch, windows):
     for name in LACKING:
         monkeypatch.delattr(os, name)
-    monkeypatch.setattr(writing, "WINDOWS", windows)
+    monkeypatch.setattr(claims, "WINDOWS", windows)
     monkeypatch.setattr(writing, "RENAME_PAUSE", 0)
 
 
@@ -552,7 +553,7 @@ def test_without_the_calls(target, source, monkeypatch, windows):
     with OutputFile(target, 10) as output:
         output.write(memoryview(b"x"), 0)
     assert target.read_bytes() == WANTED
-    dead = target.parent / f".dead{writing.TEMPORARY_SUFFIX}"
+    dead = target.parent / f".dead{claims.TEMPORARY_SUFFIX}"
     dead.write_bytes(b"x")
     with OutputFile(target, 10) as live:
         assert not dead.exists()
@@ -703,7 +704,7 @@ def test_cancelled_before_a_byte_is_written(tmp_path, recipe, metadata):
 def test_a_token_listens_while_there_is_something_to_remove(tmp_path, recipe, monkeypatch):
     """Then a signal handler leaves the ending to the run, which cannot be torn out of its cleaning up."""
     token, seen = CancelToken(), []
-    for name in ("_claim", "_sync_folder"):
+    for name in ("claim", "_sync_folder"):
         real = getattr(writing, name)
         monkeypatch.setattr(writing, name, lambda *args, real=real: seen.append(token.listening) or real(*args))
     mk.run(recipe, cancel=token)

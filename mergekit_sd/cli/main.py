@@ -118,9 +118,7 @@ def run(arguments: list[str]) -> int:
             return 2
         except (KeyboardInterrupt, click.Abort):
             return _tell(Cancelled(), json_wanted)
-        except BrokenPipeError:  # the reader of our output (`| head`) has gone
-            with contextlib.suppress(OSError):
-                sys.stdout = None
+        except SystemExit:  # click's way of saying that the reader of our output (`| head`) has gone
             return 0
         except MemoryError:
             return _tell(_out_of_memory(), json_wanted)

@@ -20,6 +20,7 @@ from mergekit_sd.execute.compare import Comparison
 from mergekit_sd.execute.ledger import Leaves, Ledger
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
 from mergekit_sd.execute.worker import Sink, Worker
+from mergekit_sd.formats.claims import sweep
 from mergekit_sd.formats.hashing import FileHashes, auto_v1, default_threads, sha256_file
 from mergekit_sd.formats.open import open_input
 from mergekit_sd.formats.reading import InputFile
@@ -92,6 +93,8 @@ def execute(
     cancel: CancelToken | None = None,
 ) -> Made:
     """Make every output of a plan, one after the other, each appearing as it is done."""
+    for output in plan.outputs:
+        sweep(output.path.resolve().parent)  # before the room is looked at: killed runs' leftovers take some
     check_targets(plan, options.force)
     cancel = cancel or CancelToken()
     files = check_pins(plan, cancel, every=options.sha256)

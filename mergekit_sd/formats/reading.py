@@ -44,8 +44,12 @@ class Positional:
 
 
 def file_state(status: os.stat_result) -> FileState:
-    """What of a `stat` tells whether a file is still the one that was opened."""
-    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    """What of a `stat` tells whether a file is still the one that was opened.
+
+    Windows gives a path and a descriptor of one file different numbers in some versions of Python.
+    """
+    device, inode = (0, 0) if os.name == "nt" else (status.st_dev, status.st_ino)
+    return FileState(device, inode, status.st_size, status.st_mtime_ns)
 
 
 class InputFile:

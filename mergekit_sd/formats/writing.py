@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import stat
@@ -22,24 +21,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from mergekit_sd.errors import DiskFull, EnvironmentFault, NotWritable, TargetBusy, TargetLocked, UsageError
+from mergekit_sd.errors import DiskFull, EnvironmentFault, NotWritable, TargetBusy, UsageError
+from mergekit_sd.formats import claims
+from mergekit_sd.formats.claims import LONGEST_NAME, claim, is_still, sweep, temporary_name
 from mergekit_sd.formats.reading import InputFile, Positional
 from mergekit_sd.text import shown, size
 
-WINDOWS = os.name == "nt"
-TEMPORARY_SUFFIX = ".mergekit-sd.tmp"
-LONGEST_NAME = 255
 COPY_PIECE = 1 << 20
-CLAIM_TRIES = 10
-CLAIM_PAUSE = 0.02  # seconds: a sweep looks at a file for far less
 RENAME_TRIES = 20
 RENAME_PAUSE = 0.05  # seconds: on Windows, virus scanners hold a new file for a moment
 FLUSH_INTERVAL = 0.15  # seconds between flushes behind the writers
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM)
-
-_WRITE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 def free_bytes(folder: Path) -> int:
@@ -100,13 +94,13 @@ class OutputFile:
         check_target(self.target)
         check_folder(folder, length)
         sweep(folder)
-        self.temporary = folder / _temporary_name(self.target.name)
+        self.temporary = folder / temporary_name(self.target.name)
         self._file = Positional(-1)
         self._flusher: _Flusher | None = None
         self._over = False
         try:
             with self._told():
-                self._file.descriptor = _claim(self.temporary, self.target)
+                self._file.descriptor = claim(self.temporary, self.target)
                 _preallocate(self._file.descriptor, length)
             self._flusher = _Flusher(self._file.descriptor)
         except BaseException:
@@ -161,7 +155,7 @@ class OutputFile:
     def commit(self) -> None:
         """Make the finished, synced file appear under the target's name, at once and for good."""
         with self._told():
-            if WINDOWS:
+            if claims.WINDOWS:
                 self._close()  # Windows renames only closed files
             self._rename()
             self._over = True
@@ -174,7 +168,7 @@ class OutputFile:
                 self.temporary.replace(self.target)
                 return
             except PermissionError:
-                if not WINDOWS:
+                if not claims.WINDOWS:
                     raise
                 time.sleep(RENAME_PAUSE if attempt + 1 < RENAME_TRIES else 0)
         spare = _spare(self.target)
@@ -191,7 +185,7 @@ class OutputFile:
         try:
             if not self._over and self._owns_temporary():
                 self.give_up()
-                if WINDOWS:
+                if claims.WINDOWS:
                     self._close()  # Windows removes only closed files
                 self.temporary.unlink(missing_ok=True)  # before the lock goes with the descriptor
         except OSError:
@@ -204,8 +198,8 @@ class OutputFile:
     def _owns_temporary(self) -> bool:
         """Whether the temporary name is still this file: an interrupt may have hidden that the rename was done."""
         if self._file.descriptor < 0:
-            return WINDOWS and self._flusher is not None  # closed to be renamed; never opened otherwise
-        return _is_still(self.temporary, self._file.descriptor)
+            return claims.WINDOWS and self._flusher is not None  # closed to be renamed; never opened otherwise
+        return is_still(self.temporary, self._file.descriptor)
 
     def _close(self) -> None:
         """Close the descriptor once nobody uses it: its number may be another file's a moment later."""
@@ -276,35 +270,6 @@ class _Flusher:
             self._thread.join()
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files that killed runs left in a folder; those of live runs stay."""
-    with contextlib.suppress(OSError):
-        for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-            _sweep_one(path)
-
-
-def _sweep_one(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return
-        descriptor = os.open(path, _WRITE_FLAGS)
-        try:
-            dead = _lock(descriptor) and _is_still(path, descriptor)
-            if dead and not WINDOWS:
-                path.unlink()  # while it is locked: nobody can take it for their own
-        finally:
-            os.close(descriptor)
-        if dead and WINDOWS:
-            path.unlink()  # only closed files can be removed there, and none that another run has opened since
-
-
-def _temporary_name(name: str) -> str:
-    full = f".{name}{TEMPORARY_SUFFIX}"
-    if len(os.fsencode(full)) <= LONGEST_NAME:
-        return full
-    return f".{hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()}{TEMPORARY_SUFFIX}"
-
-
 def _spare(target: Path) -> Path:
     """A name beside the target that no file has yet."""
     stem, number = target.stem, 1
@@ -318,73 +283,9 @@ def _spare(target: Path) -> Path:
             return target.with_name(name)
 
 
-def _claim(temporary: Path, target: Path) -> int:
-    """Create and lock the temporary file; a live one of another run raises TargetLocked."""
-    for _ in range(CLAIM_TRIES):
-        try:
-            descriptor = os.open(temporary, _WRITE_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)  # mode by umask
-        except FileExistsError:
-            # A live run's; or a dead one's, that another run's sweep has locked for a moment.
-            time.sleep(CLAIM_PAUSE)
-            _sweep_one(temporary)
-            continue
-        # Between creating and locking, another run's sweep may take it for a leftover: try again.
-        try:
-            ours = _lock(descriptor) is not False and _is_still(temporary, descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if ours:
-            return descriptor
-        os.close(descriptor)
-    raise TargetLocked(
-        "Another run is writing this file.",
-        file=target,
-        hint=f"wait for it; if none is running, delete {shown(temporary.name)} in that folder",
-    )
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    here = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Take the file's lock without waiting; released when the descriptor closes, or by death.
-
-    True: taken. False: another process has it. None: this file system has no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return _lock_on_windows(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _lock_on_windows(descriptor: int) -> bool:
-    import msvcrt
-
-    try:
-        os.lseek(descriptor, 1 << 40, os.SEEK_SET)  # a byte past the data: locked bytes cannot be read
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    except OSError:
-        return False
-    return True
-
-
 def _preallocate(descriptor: int, length: int) -> None:
     """Reserve the room, so that a full disk or quota shows before any work is done."""
-    if WINDOWS:
+    if claims.WINDOWS:
         return  # its `ftruncate` would write the whole length in zeros first
     if length and hasattr(os, "posix_fallocate"):
         try:
@@ -398,7 +299,7 @@ def _preallocate(descriptor: int, length: int) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut. Windows has no such call and needs none."""
-    if WINDOWS:
+    if claims.WINDOWS:
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -68,13 +68,13 @@ def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
 def check_targets(plan: Plan, force: bool) -> None:
     """The disk's side of a plan: nothing is overwritten unasked, the folders are there, the room suffices."""
     check_new({output.name: output.path for output in plan.outputs}, force)
-    needed: dict[Path, int] = {}
+    needed: dict[int, int] = {}  # by disk
     for output in plan.outputs:
         check_target(output.path)
         folder = output.path.resolve().parent
-        needed[folder] = needed.get(folder, 0) + output.size
-    for folder, size in needed.items():
-        check_folder(folder, size)
+        disk = folder.stat().st_dev if folder.is_dir() else -1
+        needed[disk] = needed.get(disk, 0) + output.size
+        check_folder(folder, needed[disk])
 
 
 def layout_output(
