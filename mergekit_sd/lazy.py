@@ -14,7 +14,9 @@ class _LazyModule(ModuleType):
     """Stands for a module until an attribute of it is asked for."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.__name__), name)
+        value = getattr(importlib.import_module(self.__name__), name)
+        setattr(self, name, value)  # the next time, it is simply there: chunks ask thousands of times
+        return value
 
 
 if TYPE_CHECKING:

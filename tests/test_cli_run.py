@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergekit_sd as mk
-from mergekit_sd.cli.show import error_lines
-from mergekit_sd.errors import Cancelled, MissingTensors
+from mergekit_sd.errors import Cancelled
 
 CONV = "model.diffusion_model.input_blocks.0.0.weight"
 BROKEN = story.MIX.replace("alpha = 0.3", "alpah = 0.3")
@@ -351,12 +350,6 @@ def test_foreign_names_are_shown_escaped(place, shell):
     assert "dropped as junk: [/x]\\x1b[31m\\n" in out
     assert "output out: [bold].safetensors" in out
     assert "\x1b" not in out
-
-
-def test_details_of_an_error_are_escaped():
-    told = "\n".join(error_lines(MissingTensors("m", details=["a\x1b[31m", *map(str, range(30))])))
-    assert "   -  a\\x1b[31m" in told
-    assert "… and 11 more" in told
 
 
 # --- check ------------------------------------------------------------------------------------------

@@ -35,14 +35,18 @@ class Buffer:
 
     def __init__(self, nbytes: int) -> None:
         self.bytes = memoryview(bytearray(max(nbytes, 8)))
-        self._views: dict[Dtype, Tensor] = {}
+        self._chunks: dict[str, Tensor] = {}
 
-    def as_dtype(self, dtype: Dtype) -> Tensor:
-        """The whole buffer as a flat tensor of a dtype."""
-        if dtype not in self._views:
-            usable = len(self.bytes) // dtype.itemsize * dtype.itemsize
-            self._views[dtype] = torch.frombuffer(self.bytes[:usable], dtype=getattr(torch, dtype.torch_name))
-        return self._views[dtype]
+    def elements(self, dtype: Dtype, length: int, start: int = 0) -> Tensor:
+        """Elements `start` on of the buffer as a flat tensor of a dtype. Whole chunks' views are kept."""
+        if start == 0 and length == CHUNK and dtype.name in self._chunks:
+            return self._chunks[dtype.name]
+        usable = len(self.bytes) // dtype.itemsize * dtype.itemsize
+        whole = torch.frombuffer(self.bytes[:usable], dtype=getattr(torch, dtype.torch_name))
+        view = whole[start : start + length]
+        if start == 0 and length == CHUNK:
+            self._chunks[dtype.name] = view
+        return view
 
 
 class Worker:
@@ -109,7 +113,7 @@ class Worker:
             source.read_into(data, read.tensor.offset + start)
             if scan:
                 elements = len(data) // read.dtype.itemsize
-                values = self._raw.as_dtype(read.dtype)[:elements]
+                values = self._raw.elements(read.dtype, elements)
                 self._find_nonfinite(tensor, values if read.dtype == F64 else values.to(torch.float32))
             self._emit(tensor, data, start, hasher)
         self._keep_made(hasher, tensor, task.start)
@@ -128,17 +132,19 @@ class Worker:
             length = min(CHUNK, task.stop - start)
             padded = -(-length // PAD) * PAD
             result = self._run(program, start, length, padded, hashers)
-            self._store(tensor, result[:length], start, written)
+            self._store(tensor, result if length == padded else result[:length], start, written)
         self._finish(task, hashers, written)
 
     def _run(self, program: Program, start: int, length: int, padded: int, hashers: dict[int, Any]) -> Tensor:
         """Run an elementwise program on one chunk; the result has `padded` elements."""
-        values: list[Tensor] = [self._registers[i].as_dtype(F32)[:padded] for i in range(program.registers)]
+        views = [register.elements(F32, padded) for register in self._registers[: program.registers]]
+        values = list(views)
         for step in program.instructions:
-            target = self._registers[step.target].as_dtype(F32)[:padded]
+            target = views[step.target]
             if isinstance(step.node, Read):
                 self._load(step.node, start, length, self._registers[step.target], 0, hashers[id(step.node)])
-                target[length:].zero_()
+                if length < padded:
+                    target[length:].zero_()
                 values[step.target] = target
             else:
                 values[step.target] = _applied(step.node, [values[source] for source in step.sources], target)
@@ -168,7 +174,7 @@ class Worker:
             for start in range(0, numel, CHUNK):
                 self._check()
                 self._load(node, start, min(CHUNK, numel - start), buffer, start, hashers[id(node)])
-            return buffer.as_dtype(F32)[:numel].reshape(node.shape)
+            return buffer.elements(F32, numel).reshape(node.shape)
         return _applied(node, sources, None)
 
     def _load(self, read: Read, start: int, length: int, into: Buffer, at: int, hasher: LeafHasher | None) -> None:
@@ -180,7 +186,7 @@ class Worker:
         if hasher:
             hasher.update(data)
         if not direct:
-            into.as_dtype(F32)[at : at + length].copy_(self._raw.as_dtype(read.dtype)[:length])
+            into.elements(F32, length, at).copy_(self._raw.elements(read.dtype, length))
 
     def _store(self, tensor: PlannedTensor, values: Tensor, start: int, hasher: LeafHasher | None) -> None:
         """Check a chunk of the result, round it once, write it."""
@@ -189,8 +195,7 @@ class Worker:
         if not max(-float(low), float(high)) < dtype.overflow:  # NaN compares as out of range, too
             values = self._out_of_range(tensor, values)
         length = values.numel()
-        rounded = self._rounded.as_dtype(dtype)[:length]
-        rounded.copy_(values)
+        self._rounded.elements(dtype, length).copy_(values)
         self._emit(tensor, self._rounded.bytes[: length * dtype.itemsize], start * dtype.itemsize, hasher)
 
     def _out_of_range(self, tensor: PlannedTensor, values: Tensor) -> Tensor:

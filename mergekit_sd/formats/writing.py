@@ -109,10 +109,12 @@ class OutputFile:
 
     def write(self, buffer: memoryview, offset: int) -> None:
         """Write all of `buffer` at `offset`; from any thread."""
-        with self._told():
-            done = 0
+        done = 0
+        try:
             while done < len(buffer):
                 done += self._file.write(buffer[done:], offset + done)
+        except OSError as error:
+            raise self._fault(error) from error
 
     def copy(self, source: InputFile, source_offset: int, offset: int, length: int) -> None:
         """Copy bytes from an input, in the kernel where it can."""
