@@ -1,6 +1,6 @@
 """Makes the README's picture: real commands in an empty folder, their real output, as an SVG.
 
-    python docs/picture.py docs/demo.svg
+python docs/picture.py docs/demo.svg
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ from mergekit_sd.execute.run import Made, OutputReport, RunOptions, check_pins, 
 from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
 from mergekit_sd.formats.hashing import hash_file_tensors
 from mergekit_sd.formats.open import open_model
-from mergekit_sd.graph import Node, graph_data
+from mergekit_sd.graph import Node, graph_data, parents
 from mergekit_sd.operations import OPERATIONS
-from mergekit_sd.plan.build import PlanOptions, build_plan, check_targets
-from mergekit_sd.plan.report import plan_as_json
-from mergekit_sd.plan.values import MetadataStyle, Plan, PlannedOutput
+from mergekit_sd.planning.build import PlanOptions, build_plan, check_targets
+from mergekit_sd.planning.report import plan_as_json
+from mergekit_sd.planning.values import MetadataStyle, Plan, PlannedOutput
 from mergekit_sd.recipe.load import Recipe, load_recipe, recipe_from_data
 from mergekit_sd.recipe.lock import Lock, LockedInput, LockedOutput, fingerprint, lock_path, read_lock, write_lock
 from mergekit_sd.recipe.write import recipe_text
@@ -174,10 +174,10 @@ def recipe_of(
     vae: Node | None = None,
     **output: Any,
 ) -> Recipe:
-    """The recipe that `save` runs."""
+    """The recipe that `save` runs. Its title is the models' names, unless told."""
     target = {"file": str(Path(path).absolute()), "dtype": dict(dtype) if isinstance(dtype, Mapping) else dtype}
-    top = {"title": title} if title else {}
-    return recipe_from_data(graph_data(node, target | output, vae, **top), folder=Path.cwd())
+    named = title or " + ".join(parents(node))
+    return recipe_from_data(graph_data(node, target | output, vae, title=named), folder=Path.cwd())
 
 
 def save_recipe(recipe: Recipe, path: str | Path, *, force: bool = False) -> None:

@@ -82,6 +82,11 @@ def _step(operation: Operation, given: tuple[Node, ...], keywords: dict[str, Any
     return StepNode(operation, tuple(operands[name] for name in names), keywords)
 
 
+def parents(node: Node) -> list[str]:
+    """The names of the files that a graph is made of, each once, in the order of its operands."""
+    return list(dict.fromkeys(each.file.path.stem for each in _in_order(node) if isinstance(each, ModelNode)))
+
+
 def graph_data(node: Node, output: Mapping[str, Any], vae: Node | None = None, **top: Any) -> dict[str, Any]:
     """The graph that ends in `node` as a recipe's plain data, with one output called "output"."""
     models: dict[str, Any] = {}

@@ -20,9 +20,9 @@ from mergekit_sd.execute.run import RunOptions, compare
 from mergekit_sd.formats.hashing import hash_file_tensors
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import ModelFile
-from mergekit_sd.plan.build import PlanOptions, build_plan
-from mergekit_sd.plan.metadata import RECIPE_KEY
-from mergekit_sd.plan.values import MetadataStyle, Plan
+from mergekit_sd.planning.build import PlanOptions, build_plan
+from mergekit_sd.planning.metadata import RECIPE_KEY
+from mergekit_sd.planning.values import MetadataStyle, Plan
 from mergekit_sd.recipe.graph import order
 from mergekit_sd.recipe.load import recipe_from_data
 from mergekit_sd.text import shown

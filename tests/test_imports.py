@@ -52,12 +52,12 @@ def test_all_is_what_can_be_had():
 
 
 @pytest.mark.parametrize(
-    "room", ["mergekit_sd.plan.build", "mergekit_sd.demo", "mergekit_sd.graph", "mergekit_sd.inspection"]
+    "room", ["mergekit_sd.planning.build", "mergekit_sd.demo", "mergekit_sd.graph", "mergekit_sd.inspection"]
 )
 def test_a_room_does_not_hide_a_name(room):
     code = f"import importlib; importlib.import_module({room!r}); import mergekit_sd as mk\n"
     code += "assert callable(mk.plan) and mk.plan.__module__ == 'mergekit_sd.api', mk.plan\n"
-    code += "import mergekit_sd.plan.build; from mergekit_sd import plan; assert plan is mk.plan\n"
+    code += "import mergekit_sd.planning.build; from mergekit_sd import plan; assert plan is mk.plan\n"
     code += "mk.run; assert callable(mk.run) and callable(mk.open) and callable(mk.load)"
     assert "torch" not in imported_by(code)
 

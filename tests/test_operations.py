@@ -133,7 +133,8 @@ def test_symmetry(case):
     forth = operation.function(a, b, alpha=parameters["alpha"])
     back = operation.function(b, a, alpha=1 - parameters["alpha"])
     largest = max((float(each.abs().max()) for each in (a, b) if each.numel()), default=0.0)
-    torch.testing.assert_close(forth, back, rtol=1e-5, atol=2e-6 * largest)
+    # Subnormal numbers are 1.4e-45 apart: a few of those steps are rounding, too.
+    torch.testing.assert_close(forth, back, rtol=1e-5, atol=2e-6 * largest + 6e-45)
 
 
 @given(cases(names=("weighted_sum", "add_difference", "sum_twice", "triple_sum", "subtract", "add", "slerp")))

@@ -16,7 +16,7 @@ from mergekit_sd.errors import OutputIsInput, RecipeError, UsageError
 from mergekit_sd.formats.dtypes import F16
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.operations import OPERATIONS
-from mergekit_sd.plan.expression import Apply, FirstChannels, Read, RestChannels, compile_expression, inputs_of
+from mergekit_sd.planning.expression import Apply, FirstChannels, Read, RestChannels, compile_expression, inputs_of
 
 # --- programs ----------------------------------------------------------------------------------------------
 

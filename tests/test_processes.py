@@ -231,7 +231,7 @@ def open_model(path):
         wait_for("never")
     except KeyboardInterrupt as error:
         raise {error} from error
-sys.modules["mergekit_sd.plan.build"].open_model = open_model
+sys.modules["mergekit_sd.planning.build"].open_model = open_model
 """
     check_refused(server.run("run", place / "r.toml", "--force", before=before), 130, CANCELLED)
     check_untouched(place)

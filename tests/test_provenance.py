@@ -12,7 +12,7 @@ import pytest
 import story
 
 import mergekit_sd as mk
-from mergekit_sd.plan.metadata import RECIPE_KEY
+from mergekit_sd.planning.metadata import RECIPE_KEY
 from mergekit_sd.provenance import NoRecipe
 
 

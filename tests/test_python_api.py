@@ -156,8 +156,8 @@ def python(*lines):
 def test_plan_is_the_function_after_every_import():
     assert python(
         "import mergekit_sd as mk",
-        "import mergekit_sd.plan.build",
-        "from mergekit_sd.plan import paths",
+        "import mergekit_sd.planning.build",
+        "from mergekit_sd.planning import paths",
         "print(type(mk.plan).__name__, type(mk.run).__name__)",
         "mk.recipe_of",
         "print(type(mk.plan).__name__, type(paths).__name__)",

@@ -83,7 +83,6 @@ def merge_command(
     opened = {path: mk.open(path) for path in [*models, *([vae] if vae else [])]}
     with _said_by_options():
         node = getattr(mk.ops, operation.name)(*(opened[model] for model in models), **weights)
-        title = title or " + ".join(model.stem for model in models)
         recipe = mk.recipe_of(node, output, dtype=dtype, title=title, vae=opened[vae] if vae else None)
         if dry_run:
             return _dry_run(recipe, as_json, force, save_recipe, options["metadata"])

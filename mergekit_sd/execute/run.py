@@ -27,8 +27,8 @@ from mergekit_sd.formats.reading import InputFile
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import OutputFile
 from mergekit_sd.lazy import torch
-from mergekit_sd.plan.build import check_targets, layout_output, place_output
-from mergekit_sd.plan.values import How, Plan, PlannedOutput
+from mergekit_sd.planning.build import check_targets, layout_output, place_output
+from mergekit_sd.planning.values import How, Plan, PlannedOutput
 
 MEMORY_BUDGET = 64 * 1024 * 1024
 TICK = 0.1  # seconds between progress events
@@ -97,7 +97,7 @@ def execute(
         sweep(output.path.resolve().parent)  # before the room is looked at: killed runs' leftovers take some
     check_targets(plan, options.force)
     cancel = cancel or CancelToken()
-    files = check_pins(plan, cancel, every=options.sha256)
+    files = check_pins(plan, cancel, every=options.sha256 or plan.metadata == "webui")
     run = _Run(plan, options, files, Leaves(), on_event, cancel)
     for warning in plan.warnings:
         on_event(Noted(warning))
@@ -119,7 +119,7 @@ def compare(
     where the file's size shows it at once.
     """
     cancel = cancel or CancelToken()
-    files = check_pins(plan, cancel)
+    files = check_pins(plan, cancel, every=plan.metadata == "webui")
     output = place_output(plan, plan.outputs[0], files)
     there = open_input(path)
     try:
@@ -158,7 +158,7 @@ class _Run:
 def check_pins(plan: Plan, cancel: CancelToken | None = None, *, every: bool = False) -> dict[int, FileHashes]:
     """The file hashes that are pinned or asked for (`every`), by input. Raises PinMismatch before a byte is written."""
     pins = {number: plan.recipe.models[source.name].sha256 for number, source in enumerate(plan.inputs)}
-    wanted = [n for n, pin in pins.items() if pin or every or plan.metadata == "webui"]
+    wanted = [n for n, pin in pins.items() if pin or every]
     files = dict(zip(wanted, _hashed([plan.inputs[n].file.path for n in wanted], cancel), strict=True))
     for number, hashes in files.items():
         pin, source = pins[number], plan.inputs[number]
@@ -225,7 +225,9 @@ def stream(run: _Run, output: PlannedOutput, sink: Sink) -> OutputReport:
         made = ledger.made.content_hash(0, {tensor.info.name: tensor.info for tensor in output.tensors})
         _check_locked(run, output, made)
     by_number = {n: content[each.name] for n, each in enumerate(run.plan.inputs) if each.name in content}
-    sink.write(memoryview(layout_output(run.plan, output, by_number, run.files).raw), 0)
+    raw = layout_output(run.plan, output, by_number, run.files).raw
+    sink.write(memoryview(raw), 0)
+    ledger.advance(len(raw))
     tell()
     return OutputReport(
         output.name,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mergekit_sd.formats.hashing import LEAF
-from mergekit_sd.plan.values import PlannedOutput, PlannedTensor
+from mergekit_sd.planning.values import PlannedOutput, PlannedTensor
 
 # Elements that are computed at once: three float32 buffers of it stay in a core's cache.
 CHUNK = 256 * 1024

@@ -16,8 +16,8 @@ from mergekit_sd.formats.dtypes import F32, F64, Dtype
 from mergekit_sd.formats.reading import InputFile
 from mergekit_sd.lazy import torch
 from mergekit_sd.operations.types import Tensor
-from mergekit_sd.plan.expression import Apply, Constant, Expression, FirstChannels, Program, Read, RestChannels
-from mergekit_sd.plan.values import PlannedTensor
+from mergekit_sd.planning.expression import Apply, Constant, Expression, FirstChannels, Program, Read, RestChannels
+from mergekit_sd.planning.values import PlannedTensor
 
 
 class Sink(Protocol):

@@ -118,7 +118,7 @@ def inspect_file(
     `bytes_to_read` in all.
     """
     # Here, not above: the planning room takes a quarter of a second to import.
-    from mergekit_sd.plan.prediction import file_prediction
+    from mergekit_sd.planning.prediction import file_prediction
 
     model = open_model(path)
     layout = detect(model.tensors)

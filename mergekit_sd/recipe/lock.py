@@ -45,8 +45,8 @@ class Lock:
 
 
 def lock_path(recipe: Path) -> Path:
-    """`r.lock` for `r.toml`."""
-    return recipe.with_suffix(".lock")
+    """`r.lock` for `r.toml`; a recipe that is itself called `r.lock` gets `r.lock.lock`."""
+    return recipe.with_suffix(".lock") if recipe.suffix != ".lock" else recipe.with_name(f"{recipe.name}.lock")
 
 
 def fingerprint(data: Mapping[str, Any]) -> str:

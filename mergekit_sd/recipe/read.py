@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from mergekit_sd.errors import RecipeError
 from mergekit_sd.recipe.positions import KeyPath, Lost, Positions, Scanner, dotted, line_starts, scan
-from mergekit_sd.text import shown, size
+from mergekit_sd.text import did_you_mean, shown, size
 
 LARGEST_RECIPE = 4 << 20
 LONGEST_KEY = 64
@@ -103,7 +103,8 @@ def _read_bytes(path: Path) -> bytes:
         with open(path, "rb") as stream:
             content = stream.read(LARGEST_RECIPE + 1)
     except FileNotFoundError:
-        raise RecipeError("There is no such recipe.", file=file) from None
+        near = did_you_mean(path.name, (each.name for each in path.absolute().parent.glob("*.toml")))
+        raise RecipeError("There is no such recipe.", file=file, hint=near or "check the path") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
         raise RecipeError(f"The recipe cannot be read: {reason}.", file=file) from None

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mergekit_sd.formats.hashing import FileHashes
-from mergekit_sd.plan.values import Plan, PlannedOutput
+from mergekit_sd.planning.values import Plan, PlannedOutput
 from mergekit_sd.recipe.graph import reachable
 from mergekit_sd.recipe.load import Recipe
 

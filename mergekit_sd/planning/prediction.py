@@ -16,7 +16,7 @@ from mergekit_sd.formats.tensor import ModelFile
 from mergekit_sd.formats.values import decode
 
 if TYPE_CHECKING:  # `inspect` asks for a file's prediction, and needs no recipe for it
-    from mergekit_sd.plan.values import Input
+    from mergekit_sd.planning.values import Input
     from mergekit_sd.recipe.load import OutputSpec, Recipe
 
 # SD2's keys do not show it. ComfyUI's rule (model_detection): a wide last norm means v-prediction.

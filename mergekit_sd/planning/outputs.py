@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from mergekit_sd.architectures import Layout, Place, Role
 from mergekit_sd.errors import MissingTensors, ShapeMismatch
 from mergekit_sd.formats.dtypes import F32, I64, OUTPUT_DTYPES, Dtype
-from mergekit_sd.plan.expression import Constant, Expression, Read
-from mergekit_sd.plan.models import Model
+from mergekit_sd.planning.expression import Constant, Expression, Read
+from mergekit_sd.planning.models import Model
 from mergekit_sd.recipe.load import OutputSpec, Recipe
 from mergekit_sd.text import count
 

@@ -16,14 +16,14 @@ from mergekit_sd.formats.header import Header, build_header
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import check_folder, check_target
-from mergekit_sd.plan.expression import Constant, Expression, Read, inputs_of
-from mergekit_sd.plan.metadata import build_metadata
-from mergekit_sd.plan.models import Model, StepReport, apply_step, model_of_file, with_markers
-from mergekit_sd.plan.outputs import Draft, draft_tensors
-from mergekit_sd.plan.paths import check_apart, check_new, resolve_inputs, resolve_outputs
-from mergekit_sd.plan.prediction import file_prediction, output_prediction
-from mergekit_sd.plan.vae import mixed_vaes
-from mergekit_sd.plan.values import How, Input, MetadataStyle, Plan, PlannedOutput, PlannedTensor
+from mergekit_sd.planning.expression import Constant, Expression, Read, inputs_of
+from mergekit_sd.planning.metadata import build_metadata
+from mergekit_sd.planning.models import Model, StepReport, apply_step, model_of_file, with_markers
+from mergekit_sd.planning.outputs import Draft, draft_tensors
+from mergekit_sd.planning.paths import check_apart, check_new, resolve_inputs, resolve_outputs
+from mergekit_sd.planning.prediction import file_prediction, output_prediction
+from mergekit_sd.planning.vae import mixed_vaes
+from mergekit_sd.planning.values import How, Input, MetadataStyle, Plan, PlannedOutput, PlannedTensor
 from mergekit_sd.recipe.graph import reachable
 from mergekit_sd.recipe.load import Recipe
 

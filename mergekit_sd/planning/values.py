@@ -10,8 +10,8 @@ from typing import Literal
 
 from mergekit_sd.architectures import Layout
 from mergekit_sd.formats.tensor import ModelFile, TensorInfo
-from mergekit_sd.plan.expression import Expression, Program, Read, compile_expression
-from mergekit_sd.plan.models import StepReport
+from mergekit_sd.planning.expression import Expression, Program, Read, compile_expression
+from mergekit_sd.planning.models import StepReport
 from mergekit_sd.recipe.load import OutputSpec, Recipe
 
 How = Literal["merged", "cast", "copied", "constant"]

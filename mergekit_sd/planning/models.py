@@ -14,7 +14,7 @@ from mergekit_sd.errors import FamilyMismatch, MissingTensors, ShapeMismatch
 from mergekit_sd.formats.tensor import ModelFile
 from mergekit_sd.operations import Operation
 from mergekit_sd.operations.types import Space
-from mergekit_sd.plan.expression import Apply, Expression, FirstChannels, Read, RestChannels
+from mergekit_sd.planning.expression import Apply, Expression, FirstChannels, Read, RestChannels
 from mergekit_sd.recipe.load import ModelRef, Step
 from mergekit_sd.text import count, listed
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mergekit_sd.plan.models import StepReport
-from mergekit_sd.plan.values import Input, Plan, PlannedOutput
+from mergekit_sd.planning.models import StepReport
+from mergekit_sd.planning.values import Input, Plan, PlannedOutput
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path, PureWindowsPath
 
 from mergekit_sd.errors import MissingInput, OutputExists, OutputIsInput, RecipeError
 from mergekit_sd.recipe.load import Recipe
+from mergekit_sd.recipe.lock import lock_path
 from mergekit_sd.recipe.roots import input_path, load_roots, output_path
 from mergekit_sd.text import did_you_mean, shown
 
@@ -17,7 +18,8 @@ def resolve_inputs(recipe: Recipe, names: list[str], search: Sequence[Path] = ()
     roots = load_roots()
     paths = {name: input_path(recipe.models[name].file, recipe.folder, roots) for name in names}
     for name, path in paths.items():
-        elsewhere = (folder / PureWindowsPath(path).name for folder in search)
+        file = PureWindowsPath(path).name.rpartition(":")[2]  # without a root's prefix
+        elsewhere = (folder / file for folder in search)
         paths[name] = path if path.exists() else next((found for found in elsewhere if found.is_file()), path)
         _check_prefix(recipe, name, paths[name], roots)
     return paths
@@ -62,7 +64,7 @@ def same_file(one: Path, other: Path) -> bool:
 
 def check_apart(recipe: Recipe, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
     """Raises OutputIsInput where a target is an input, the recipe itself or its lock."""
-    own = {"the recipe": recipe.path, "its lock": recipe.path.with_suffix(".lock")} if recipe.path else {}
+    own = {"the recipe": recipe.path, "its lock": lock_path(recipe.path)} if recipe.path else {}
     read = {f'the input "{name}"': path for name, path in inputs.items()} | own
     for name, target in outputs.items():
         for what, path in read.items():

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from mergekit_sd.formats.dtypes import BF16, F16, F32, F64
 from mergekit_sd.formats.open import read_bytes
 from mergekit_sd.formats.tensor import ModelFile, TensorInfo
-from mergekit_sd.plan.expression import Read
-from mergekit_sd.plan.models import Model
-from mergekit_sd.plan.values import Input
+from mergekit_sd.planning.expression import Read
+from mergekit_sd.planning.models import Model
+from mergekit_sd.planning.values import Input
 
 GLANCE = 64 * 1024
 
