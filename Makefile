@@ -7,6 +7,7 @@ PYTHON = $(VENV)/bin/python
 
 demo: $(VENV)/installed
 	$(VENV)/bin/mergekit-sd demo --force
+	@printf "\n(mergekit-sd is in %s; to have it at hand: . %s/activate)\n" $(VENV)/bin $(VENV)/bin
 
 test: $(VENV)/installed
 	$(PYTHON) -m pytest
