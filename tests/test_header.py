@@ -389,6 +389,8 @@ WILD = st.dictionaries(
 @given(WILD, st.integers(0, 20))
 def test_any_json_loads_or_is_refused(document, data_size):
     try:
-        parse_header(json.dumps(document).encode(), data_size, FILE)
+        tensors, _ = parse_header(json.dumps(document).encode(), data_size, FILE)
     except MergekitError as error:
         error.message.encode()
+    else:
+        assert set(tensors) == set(document) - {"__metadata__"}

@@ -465,6 +465,7 @@ def test_sweep_removes_only_dead_leftovers(tmp_path, source):
 
 def test_sweep_does_without_the_folder(tmp_path):
     sweep(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_second_writer_is_refused(target, source):

@@ -95,7 +95,7 @@ def error_lines(error: MergekitError) -> Iterable[str]:
     if len(error.details) > MOST_DETAILS:
         yield f"   -  … and {len(error.details) - MOST_DETAILS} more (all of them with --json)"
     if error.hint:
-        yield _labelled("  try ", error.hint, fg="cyan")
+        yield _labelled("  hint: ", error.hint, fg="cyan")
 
 
 def print_warning(text: str) -> None:
