@@ -24,7 +24,6 @@ from mergekit_sd.recipe.schema import (
     Form,
     ModelEntry,
     OutputEntry,
-    RecipeFile,
     SampleEntry,
     Table,
     check_form,
@@ -215,8 +214,6 @@ def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, object]) ->
 
 def _override_path(data: Mapping[str, Any], key: str) -> KeyPath:
     parts = _split(key)
-    if parts[0] not in RecipeFile.model_fields:
-        raise _bad(key, f'"{shown(parts[0])}" is no key of a recipe.', did_you_mean(parts[0], RecipeFile.model_fields))
     table = data.get(parts[0], {})
     if parts[0] in _NAMED:
         if len(parts) == 1 or not isinstance(table, Mapping) or parts[1] not in table:
