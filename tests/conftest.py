@@ -19,7 +19,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "quiet")
 @pytest.fixture(autouse=True)
 def _no_user_configuration(tmp_path_factory, monkeypatch):
     """No test sees the user's roots."""
-    monkeypatch.setenv("MERGEKIT_SD_CONFIG", str(tmp_path_factory.getbasetemp() / "config"))
+    monkeypatch.setenv("MERGEKIT_SD_CONFIG", str(tmp_path_factory.mktemp("config")))
 
 
 @pytest.fixture(scope="session")

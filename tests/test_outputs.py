@@ -197,7 +197,9 @@ def test_bake_refuses_what_does_not_fit(tmp_path):
     error = refused(tmp_path, ShapeMismatch, ["a", "wide"], model="a", vae="wide")
     assert error.key == models.VAE + lost
     assert '"unet" has no VAE' in refused(tmp_path, MissingTensors, ["a", "unet"], model="a", vae="unet").message
-    assert "has no VAE to replace" in refused(tmp_path, MissingTensors, ["unet", "vae"], model="unet", vae="vae").message
+    assert (
+        "has no VAE to replace" in refused(tmp_path, MissingTensors, ["unet", "vae"], model="unet", vae="vae").message
+    )
     assert error.exit_code == 3
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import recipe
 
 import mergekit_sd as mk
-from mergekit_sd.errors import OutputIsInput, RecipeError, UsageError
+from mergekit_sd.errors import MissingInput, OutputIsInput, RecipeError, UsageError
 from mergekit_sd.formats.dtypes import F16
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.operations import OPERATIONS
@@ -229,3 +229,31 @@ def test_a_symlinked_target_is_followed(room):
     mk.run(recipe(room, {"a": "sd1-a.safetensors"}))
     assert (room / "out.safetensors").is_symlink()
     assert models.read(room / "sub" / "real.safetensors")
+
+
+# --- where models lie --------------------------------------------------------------------------------------
+
+
+def test_unregistered_root_is_named(room):
+    with pytest.raises(MissingInput, match=r'no root called "webui" to look for "x\.safetensors" in') as caught:
+        mk.plan(recipe(room, {"a": "webui:x.safetensors"}))
+    assert caught.value.exit_code == 3
+    assert caught.value.hint == "mergekit-sd roots add webui DIR"
+
+
+def test_misspelt_root_is_guessed(room):
+    mk.add_root("webui", room)
+    with pytest.raises(MissingInput) as caught:
+        mk.plan(recipe(room, {"a": "webiu:x.safetensors"}))
+    assert caught.value.hint == 'did you mean "webui"?'
+
+
+def test_verify_looks_past_a_root_that_is_not_there(room, tmp_path_factory):
+    """The file's recipe says `webui:…`; where no such root is registered, --models finds the file by its name."""
+    elsewhere = tmp_path_factory.mktemp("models")
+    os.link(room / "sd1-a.safetensors", elsewhere / "x.safetensors")
+    mk.add_root("gone", elsewhere)
+    mk.run(recipe(room, {"a": "gone:x.safetensors"}))
+    roots = mk.roots_file()
+    roots.unlink()
+    assert mk.verify(room / "out.safetensors", models=elsewhere).same
