@@ -156,8 +156,8 @@ def save(
 ) -> OutputReport:
     """Write a graph's result to a file, in one streaming pass.
 
-    `output` takes the other keys of a recipe's output: vae (an opened model), overflow, junk, ema,
-    position_ids, prediction. Raises as `run` does; OutputExists where the file is there and not `force`.
+    `output` takes `seed`, and the other keys of a recipe's output: vae (an opened model), overflow, junk,
+    ema, position_ids, prediction. Raises as `run` does; OutputExists where the file is there and not `force`.
     """
     recipe = recipe_of(node, path, dtype=dtype, title=title, **output)
     made = plan(recipe, anywhere=True, metadata=metadata)
@@ -172,12 +172,14 @@ def recipe_of(
     dtype: Any = "fp16",
     title: str | None = None,
     vae: Node | None = None,
+    seed: int | None = None,
     **output: Any,
 ) -> Recipe:
-    """The recipe that `save` runs. Its title is the models' names, unless told."""
+    """The recipe that `save` runs. Its title is the models' names, unless told; `seed`: for random numbers."""
     target = {"file": str(Path(path).absolute()), "dtype": dict(dtype) if isinstance(dtype, Mapping) else dtype}
     named = title or " + ".join(parents(node))
-    return recipe_from_data(graph_data(node, target | output, vae, title=named), folder=Path.cwd())
+    top = {"title": named} | ({} if seed is None else {"seed": seed})
+    return recipe_from_data(graph_data(node, target | output, vae, **top), folder=Path.cwd())
 
 
 def save_recipe(recipe: Recipe, path: str | Path, *, force: bool = False) -> None:

@@ -96,6 +96,10 @@ class MalformedFile(InputError):
     """The bytes are not what the format allows."""
 
 
+class ForbiddenCall(InputError):
+    """A pickle wants something called that weights do not need; the message names it, and nothing ran."""
+
+
 class WrongFormat(InputError):
     """The bytes are of another format than the name or the command wants; the message names it."""
 

@@ -14,6 +14,9 @@ from mergekit_sd.errors import UsageError
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import ModelFile
 from mergekit_sd.operations import OPERATIONS, Operation
+from mergekit_sd.operations.types import FormulaKind
+from mergekit_sd.recipe.formula import parse_formula
+from mergekit_sd.recipe.positions import Where
 from mergekit_sd.text import did_you_mean
 
 
@@ -27,11 +30,18 @@ class ModelNode:
 
 @dataclass(frozen=True, eq=False)
 class StepNode:
-    """An operation on nodes; parameters in every form that a recipe takes."""
+    """An operation on nodes, or on lists of them; parameters in every form that a recipe takes.
+
+    A formula's operands are those that its text names.
+    """
 
     operation: Operation
-    operands: tuple[Node, ...]
+    operands: Mapping[str, Node | tuple[Node, ...]]
     parameters: Mapping[str, Any]
+
+    def nodes(self) -> list[Node]:
+        """All operands, one after the other."""
+        return [node for each in self.operands.values() for node in (each if isinstance(each, tuple) else (each,))]
 
 
 Node: TypeAlias = ModelNode | StepNode
@@ -52,7 +62,7 @@ class Ops:
             raise AttributeError(f"no operation {name!r}; {did_you_mean(name, OPERATIONS)}")
         operation = OPERATIONS[name]
 
-        def build(*operands: Node, **parameters: Any) -> StepNode:
+        def build(*operands: Any, **parameters: Any) -> StepNode:
             return _step(operation, operands, parameters)
 
         build.__name__ = name
@@ -66,20 +76,48 @@ class Ops:
 ops = Ops()
 
 
-def _step(operation: Operation, given: tuple[Node, ...], keywords: dict[str, Any]) -> StepNode:
+def _step(operation: Operation, given: tuple[Any, ...], keywords: dict[str, Any]) -> StepNode:
+    if any(isinstance(parameter.kind, FormulaKind) for parameter in operation.parameters):
+        return _formula_step(operation, *given, **keywords)
     names = [operand.name for operand in operation.operands]
+    if operation.many and len(given) > len(names) - 1:
+        single, rest = given[: len(names) - 1], given[len(names) - 1 :]
+        given = (*single, rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest)
     operands = dict(zip(names, given, strict=False))
     operands |= {name: keywords.pop(name) for name in names if name in keywords and name not in operands}
-    if len(given) > len(names) or set(operands) != set(names):
+    needed = {operand.name for operand in operation.operands if not operand.optional}
+    if len(given) > len(names) or needed - set(operands):
         raise UsageError(f"{operation.name} takes {len(names)} models: {', '.join(names)}.", hint="see ops NAME")
-    for name, operand in operands.items():
-        if not isinstance(operand, ModelNode | StepNode):
-            raise UsageError(f"{name} of {operation.name} is no model but {operand!r}.", hint="open it: mk.open(path)")
+    operands = {name: _checked(operation, name, operand) for name, operand in operands.items() if operand is not None}
     known = {parameter.name for parameter in operation.parameters} | {"extrapolate"}
+    known |= {"seed"} if operation.seeded else set()
     for name in keywords:
         if name not in known:
             raise UsageError(f'{operation.name} has no parameter "{name}".', hint=did_you_mean(name, known))
-    return StepNode(operation, tuple(operands[name] for name in names), keywords)
+    return StepNode(operation, operands, keywords)
+
+
+def _checked(operation: Operation, name: str, operand: object) -> Any:
+    """The operand, a list of them as a tuple. Raises UsageError for what is no node."""
+    if operation.operand(name).many and isinstance(operand, list | tuple) and operand:
+        return tuple(_checked_node(operation, name, each) for each in operand)
+    return _checked_node(operation, name, operand)
+
+
+def _checked_node(operation: Operation, name: str, operand: object) -> Node:
+    if isinstance(operand, ModelNode | StepNode):
+        return operand
+    raise UsageError(f"{name} of {operation.name} is no model but {operand!r}.", hint="open it: mk.open(path)")
+
+
+def _formula_step(operation: Operation, expr: str = "", **operands: Node) -> StepNode:
+    """`ops.formula("mix + 0.7*(db - sd15)", mix=…, db=…, sd15=…)`: every name in the text is a keyword."""
+    named = dict.fromkeys(parse_formula(expr, Where()).names())
+    missing = [name for name in named if name not in operands]
+    if missing or set(operands) - set(named):
+        takes = ", ".join(f"{name}=…" for name in named)
+        raise UsageError(f"This formula takes its {len(named)} models by name: {takes}.", hint="see ops formula")
+    return StepNode(operation, {n: _checked_node(operation, n, operands[n]) for n in named}, {"expr": expr})
 
 
 def parents(node: Node) -> list[str]:
@@ -99,14 +137,24 @@ def graph_data(node: Node, output: Mapping[str, Any], vae: Node | None = None, *
             models[name] = entry | ({"weights": each.weights} if each.weights != "file" else {})
         else:
             name = _free_name(each.operation.name, models, steps)
-            operands = zip(each.operation.operands, each.operands, strict=True)
-            links = {operand.name: names[id(source)] for operand, source in operands}
-            steps[name] = {"op": each.operation.name, **links, **each.parameters}
+            steps[name] = {"op": each.operation.name, **_said(each, names)}
         names[id(each)] = name
     data = {"recipe": 1, **top, "models": models}
     baked = {"vae": names[id(vae)]} if vae else {}
     made = {"output": {"model": names[id(node)], **output, **baked}}
     return data | ({"steps": steps} if steps else {}) | {"outputs": made}
+
+
+def _said(step: StepNode, names: Mapping[int, str]) -> dict[str, Any]:
+    """A step's operands and parameters as a recipe says them, with the names that the nodes have got."""
+    links = {
+        operand: [names[id(node)] for node in value] if isinstance(value, tuple) else names[id(value)]
+        for operand, value in step.operands.items()
+    }
+    if "expr" in step.parameters:
+        chosen = {operand: name for operand, name in links.items() if isinstance(name, str)}
+        return {"expr": parse_formula(step.parameters["expr"], Where()).text(chosen)}
+    return {**links, **step.parameters}
 
 
 def _free_name(wanted: str, *taken: Mapping[str, Any]) -> str:
@@ -127,6 +175,6 @@ def _in_order(node: Node) -> list[Node]:
         elif id(current) not in seen:
             seen.add(id(current))
             stack.append((current, True))
-            operands = current.operands if isinstance(current, StepNode) else ()
+            operands = current.nodes() if isinstance(current, StepNode) else ()
             stack.extend((operand, False) for operand in reversed(operands))
     return order

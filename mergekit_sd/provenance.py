@@ -1,22 +1,20 @@
 """Where a merged file came from: its recipe out of its metadata, and whether that makes it again.
 
-Owns `recover` (our own recipe, A1111's and supermerger's records) and `verify`. Must not know
-how a recipe is planned or run beyond the public steps.
+Owns `recover` (our own recipe; other tools' records are read by `foreign`) and `verify`. Must not
+know how a recipe is planned or run beyond the public steps.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from mergekit_sd.errors import InputError, MissingInput, PinMismatch, RecipeError, UsageError
+from mergekit_sd.errors import MissingInput, PinMismatch, RecipeError, UsageError
 from mergekit_sd.events import CancelToken, Listener, ignore
 from mergekit_sd.execute.run import RunOptions, compare
+from mergekit_sd.foreign import A1111_KEY, DAMAGED, LOOK, NoRecipe, Recovered, metadata_object, read_record
 from mergekit_sd.formats.hashing import hash_file_tensors
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import ModelFile
@@ -25,47 +23,6 @@ from mergekit_sd.planning.metadata import RECIPE_KEY
 from mergekit_sd.planning.values import MetadataStyle, Plan
 from mergekit_sd.recipe.graph import order
 from mergekit_sd.recipe.load import recipe_from_data
-from mergekit_sd.text import shown
-
-A1111_METHODS = {
-    "No interpolation": (None, 1),
-    "Weighted sum": ("weighted_sum", 2),
-    "Add difference": ("add_difference", 3),
-}
-# supermerger's modes: "Weight sum", "Add difference", "Triple sum", "sum Twice", told by one word of each.
-SUPERMERGER_MODES = {
-    "Weight": ("weighted_sum", 2),
-    "Add": ("add_difference", 3),
-    "Triple": ("triple_sum", 3),
-    "Twice": ("sum_twice", 3),
-}
-SLOTS = ("a", "b", "c")
-UNET_BLOCKS = [f"IN{i:02}" for i in range(12)] + ["M00"] + [f"OUT{i:02}" for i in range(12)]
-SDXL_BLOCKS = [f"IN{i:02}" for i in range(9)] + ["M00"] + [f"OUT{i:02}" for i in range(9)]
-A1111_KEY, MODELS_KEY = "sd_merge_recipe", "sd_merge_models"
-SUPERMERGER_NOTES = ("supermerger also adds tensors found only in B; the recipe does not",)
-DAMAGED = "The recipe in its metadata is damaged."
-NO_COUNTERPART = "Its record is of a merge that has no counterpart here: "
-LOOK = "`mergekit-sd inspect` shows the record"
-_SHA256 = re.compile("[0-9a-fA-F]{64}")
-
-
-class NoRecipe(InputError):
-    """The file's metadata holds no recipe that can be understood."""
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """A recipe found in a file: as plain data, and what a reader should know.
-
-    `source`: "mergekit-sd", "a1111" or "supermerger". `content`: each model's content hash, where
-    the record has it.
-    """
-
-    source: str
-    data: dict[str, Any]
-    content: Mapping[str, str]
-    notes: tuple[str, ...]
 
 
 def recover(path: str | Path) -> Recovered:
@@ -79,10 +36,7 @@ def recover(path: str | Path) -> Recovered:
             file=file.path,
             hint="only files that a merge tool labelled can be recovered",
         )
-    record = _object(file, A1111_KEY)
-    known = _object(file, MODELS_KEY) if MODELS_KEY in file.metadata else {}
-    read = _supermerger if "supermerger" in str(record.get("type")) else _a1111
-    return _checked(file, A1111_KEY, read(file, record, known))
+    return _checked(file, A1111_KEY, read_record(file))
 
 
 def _checked(file: ModelFile, key: str, found: Recovered) -> Recovered:
@@ -171,18 +125,8 @@ def _check_inputs(plan: Plan, content: Mapping[str, str]) -> None:
             )
 
 
-def _object(file: ModelFile, key: str) -> dict[str, Any]:
-    try:
-        value = json.loads(file.metadata[key])
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise NoRecipe(DAMAGED, file=file.path, key=key, hint=LOOK)
-    return value
-
-
 def _ours(file: ModelFile) -> Recovered:
-    data = _object(file, RECIPE_KEY)
+    data = metadata_object(file, RECIPE_KEY)
     try:
         models = {name: dict(entry) for name, entry in data["models"].items()}
         outputs = {name: {**entry, "file": file.path.name} for name, entry in data["outputs"].items()}
@@ -192,105 +136,3 @@ def _ours(file: ModelFile) -> Recovered:
         raise NoRecipe(DAMAGED, file=file.path, key=RECIPE_KEY, hint=LOOK) from None
     content = {name: str(entry.pop("content", "")) for name, entry in models.items()}
     return Recovered("mergekit-sd", {**data, "models": models, "outputs": outputs}, content, ())
-
-
-def _a1111(file: ModelFile, record: dict[str, Any], known: dict[str, Any]) -> Recovered:
-    method = str(record.get("interp_method"))
-    if method not in A1111_METHODS:
-        raise NoRecipe(f'{NO_COUNTERPART}"{shown(method)}".', file=file.path, key=A1111_KEY, hint=LOOK)
-    operation, number = A1111_METHODS[method]
-    places = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
-    models = _models(file, known, [record.get(place) for place in places[:number]])
-    output: dict[str, Any] = {"model": "merge" if operation else "a", "file": file.path.name}
-    if not record.get("save_as_half"):
-        output["dtype"] = "keep"
-    if record.get("bake_in_vae") not in (None, "None", ""):
-        models["vae"] = {"file": _portable(str(record["bake_in_vae"]))}
-        output["vae"] = "vae"
-    step = {"op": operation, **{slot: slot for slot in SLOTS[:number]}, "alpha": record.get("multiplier")}
-    left_out = record.get("discard_weights")
-    notes = (f"the WebUI left out weights that match {shown(repr(left_out))}; the recipe does not",) if left_out else ()
-    return Recovered("a1111", _recipe(file, record, models, step if operation else None, output), {}, notes)
-
-
-def _supermerger(file: ModelFile, record: dict[str, Any], known: dict[str, Any]) -> Recovered:
-    mode = str(record.get("mode", ""))
-    word = next((word for word in SUPERMERGER_MODES if word in mode), None)
-    unknown = [f"mode {mode}"] if word is None else []
-    if record.get("calcmode", "normal") != "normal":
-        unknown.append(f"calculation {record['calcmode']}")
-    if record.get("elemental_merge"):
-        unknown.append("elemental merge")
-    unknown += [f"{how} blocks" for how in ("Include", "Exclude") if any(record.get(how) or ())]
-    if word is None or unknown:
-        raise NoRecipe(
-            f"{NO_COUNTERPART}supermerger, {shown(', '.join(unknown))}.", file=file.path, key=A1111_KEY, hint=LOOK
-        )
-    operation, number = SUPERMERGER_MODES[word]
-    models = _models(file, known, [record.get(f"model_{slot}") for slot in SLOTS[:number]])
-    step: dict[str, Any] = {"op": operation, **{slot: slot for slot in models}}
-    for parameter in ("alpha", "beta") if word in ("Triple", "Twice") else ("alpha",):
-        step[parameter] = _supermerger_weights(file, record, parameter)
-    data = _recipe(file, record, models, step, {"model": "merge", "file": file.path.name})
-    return Recovered("supermerger", data, {}, SUPERMERGER_NOTES)
-
-
-def _recipe(
-    file: ModelFile,
-    record: dict[str, Any],
-    models: dict[str, Any],
-    step: dict[str, Any] | None,
-    output: dict[str, Any],
-) -> dict[str, Any]:
-    title = str(record.get("custom_name") or file.path.stem)
-    data: dict[str, Any] = {"recipe": 1, "title": title, "models": models}
-    if step:
-        if any(_beyond(step.get(parameter)) for parameter in ("alpha", "beta")):
-            step["extrapolate"] = True
-        data["steps"] = {"merge": step}
-    return {**data, "outputs": {"output": output}}
-
-
-def _models(file: ModelFile, known: dict[str, Any], said: list[Any]) -> dict[str, Any]:
-    """What a record says of its models, by slot: a sha256 whose file the other record names, or a name."""
-    models: dict[str, Any] = {}
-    for slot, what in zip(SLOTS, said, strict=False):
-        if not isinstance(what, str) or not what:
-            raise NoRecipe(f"Its record does not say which file model {slot} was.", file=file.path, hint=LOOK)
-        if not _SHA256.fullmatch(what):
-            models[slot] = {"file": _portable(what.split(" [")[0])}
-            continue
-        entry = known.get(what)
-        name = entry.get("name") if isinstance(entry, dict) else None
-        models[slot] = {"file": _portable(str(name or f"{what[:10]}.safetensors")), "sha256": what.lower()}
-    return models
-
-
-def _portable(name: str) -> str:
-    """A path as the WebUI on Windows writes it, with slashes."""
-    return name.replace("\\", "/")
-
-
-def _supermerger_weights(file: ModelFile, record: dict[str, Any], which: str) -> Any:
-    """A number, or a table of blocks: 25 for SD1; for SDXL 19, and a slot for the VAE."""
-    key = f"weights_{which}" if record.get("mbw") else f"base_{which}"
-    said = record.get(key)
-    try:
-        base = float(record[f"base_{which}"])
-        if not record.get("mbw"):
-            return base
-        numbers = [float(part) for part in (said if isinstance(said, list) else str(said).split(","))]
-    except (KeyError, TypeError, ValueError):
-        raise NoRecipe(f"Its record has no weights in {key}.", file=file.path, key=A1111_KEY, hint=LOOK) from None
-    if len(numbers) == len(UNET_BLOCKS):
-        return {"base": base, **dict(zip(UNET_BLOCKS, numbers, strict=True))}
-    if len(numbers) in (len(SDXL_BLOCKS), len(SDXL_BLOCKS) + 1):
-        blocks = dict(zip(SDXL_BLOCKS, numbers, strict=False))
-        return {"base": base, **blocks, **({"vae": numbers[-1]} if len(numbers) > len(SDXL_BLOCKS) else {})}
-    message = f"Its record has {len(numbers)} block weights in {key}; 25 were expected, for SDXL 19 or 20."
-    raise NoRecipe(message, file=file.path, key=A1111_KEY, hint=LOOK)
-
-
-def _beyond(weights: Any) -> bool:
-    numbers = weights.values() if isinstance(weights, dict) else [weights]
-    return any(isinstance(number, int | float) and not 0 <= number <= 1 for number in numbers)

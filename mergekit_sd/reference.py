@@ -6,14 +6,17 @@ Owns the words about operations, all read off the registry. Must not know how a 
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
 
 from mergekit_sd.errors import UsageError
-from mergekit_sd.operations.registry import OPERATIONS, Operation, Parameter
+from mergekit_sd.operations import OPERATIONS, PURPOSES, Operand, Operation, Parameter
+from mergekit_sd.operations.types import ChoiceKind, FormulaKind, Key, ListKind, NumberKind
 from mergekit_sd.text import did_you_mean, shown
 
 ANY = 0.37  # stands for any number when folds are looked for
@@ -22,7 +25,12 @@ SPACES = {
     "delta": "a difference of models",
     "same": "a model or a difference, all alike",
 }
-STREAMING = {False: "streamed in small pieces", True: "works on whole tensors, one after the other"}
+WORKS = {
+    "element": "streaming, in small pieces",
+    "row": "on whole tensors, row by row",
+    "tensor": "on whole tensors",
+    "model": "on whole tensors, after a first look at the whole models",
+}
 
 # --- finding one ------------------------------------------------------------------------------------
 
@@ -54,10 +62,7 @@ def _without_tool(alias: str) -> str:
 
 def by_purpose() -> dict[str, list[Operation]]:
     """Every operation, under what it is for."""
-    sections: dict[str, list[Operation]] = {}
-    for operation in OPERATIONS.values():
-        sections.setdefault(operation.purpose, []).append(operation)
-    return sections
+    return {purpose: [each for each in OPERATIONS.values() if each.purpose == purpose] for purpose in PURPOSES}
 
 
 # --- what is said of one ------------------------------------------------------------------------------
@@ -72,14 +77,22 @@ def describe_operation(operation: Operation) -> dict[str, Any]:
         "notes": notes(operation),
         "formula": operation.formula,
         "operands": [
-            {"name": each.name, "space": each.space, "takes": SPACES[each.space]} for each in operation.operands
+            {
+                "name": each.name,
+                "space": each.space,
+                "many": each.many,
+                "optional": each.optional,
+                "takes": operand_words(each),
+            }
+            for each in operation.operands
         ],
         "parameters": [
             {
                 "name": each.name,
                 "default": each.default,
-                "low": each.low,
-                "high": each.high,
+                "low": getattr(each.kind, "low", None),
+                "high": getattr(each.kind, "high", None),
+                "options": list(getattr(each.kind, "options", ())),
                 "takes": parameter_words(each),
             }
             for each in operation.parameters
@@ -87,6 +100,9 @@ def describe_operation(operation: Operation) -> dict[str, Any]:
         "result": operation.result,
         "gives": SPACES[operation.result],
         "whole_tensor": operation.whole,
+        "by": operation.by,
+        "works": WORKS[operation.by],
+        "seeded": operation.seeded,
         "folds": [{"where": where, "copy_of": operand} for where, operand in folds(operation)],
         "also": list(operation.also),
         "recipe": example_recipe(operation),
@@ -101,25 +117,68 @@ def notes(operation: Operation) -> str:
 
 
 def folds(operation: Operation) -> list[tuple[dict[str, float], str]]:
-    """The parameters for which the result is an operand itself, found by trying; the others may be any."""
-    names = [parameter.name for parameter in operation.parameters]
+    """The parameters for which the result is an operand itself, found by trying; the others may be any.
+
+    Only numbers per block are tried, of an operation that takes single models.
+    """
+    numbers = [p for p in operation.parameters if isinstance(p.kind, NumberKind)]
+    if operation.many or any(not isinstance(p.kind, NumberKind) and p.default is None for p in operation.parameters):
+        return []
+    names = [parameter.name for parameter in numbers]
+    rest = {p.name: p.default for p in operation.parameters if p.name not in names}
     found: list[tuple[dict[str, float], str]] = []
     tries = sorted(product((ANY, 0.0, 1.0), repeat=len(names)), key=lambda values: -values.count(ANY))
     for values in tries:
-        operand = operation.folds_to(dict(zip(names, values, strict=True)))
-        where = {name: value for name, value in zip(names, values, strict=True) if value != ANY}
-        if operand and not any(general.items() <= where.items() for general, _ in found):
+        given = dict(zip(names, values, strict=True))
+        operand = operation.folds_to(given | rest, Key("a.weight", "sd1", "unet", "IN04"))
+        where = {name: value for name, value in given.items() if value != ANY}
+        if operand and where and not any(general.items() <= where.items() for general, _ in found):
             found.append((where, operand))
     return found
 
 
+def operand_words(operand: Operand) -> str:
+    """`a list: each a model`."""
+    words = SPACES[operand.space]
+    if operand.many:
+        return f"a list of {words.replace('a model', 'models', 1).replace('a difference', 'differences')}"
+    return f"{words}; may be left out" if operand.optional else words
+
+
 def parameter_words(parameter: Parameter) -> str:
     """`0.5 unless given; per block, 0 to 1`."""
-    default = "must be given" if parameter.default is None else f"{parameter.default:g} unless given"
-    if parameter.low is None and parameter.high is None:
-        return f"{default}; per block, any number"
-    low, high = ("any" if end is None else f"{end:g}" for end in (parameter.low, parameter.high))
-    return f"{default}; per block, {low} to {high} (beyond: extrapolate = true)"
+    kind = parameter.kind
+    default = "must be given" if parameter.default is None else f"{_plain_value(parameter.default)} unless given"
+    if isinstance(kind, ChoiceKind):
+        return f"{default}; one of {', '.join(map(str, kind.options))}"
+    if isinstance(kind, ListKind):
+        return f"{default}; numbers: {', '.join(kind.names)}"
+    if isinstance(kind, FormulaKind):
+        return f"{default}; text such as {EXPRESSION!r}"
+    per = "per block and model" if kind.each else "per block"
+    if kind.low is None and kind.high is None:
+        return f"{default}; {per}, any number"
+    low, high = ("any" if end is None else f"{end:g}" for end in (kind.low, kind.high))
+    return f"{default}; {per}, {low} to {high} (beyond: extrapolate = true)"
+
+
+def parameter_forms(parameter: Parameter) -> str:
+    """What may be written for it, for a command's help."""
+    kind = parameter.kind
+    if isinstance(kind, ChoiceKind):
+        return f"One of {', '.join(map(str, kind.options))}"
+    if isinstance(kind, ListKind):
+        return f"Numbers: {', '.join(kind.names)}"
+    if isinstance(kind, FormulaKind):
+        return "A sum of the models a, b, c, …: 'a + 0.7*(b - c)'"
+    each = ", for all models or in brackets one for each" if kind.each else ""
+    return f"A number, a preset, a list, or a TOML table of blocks{each}"
+
+
+def _plain_value(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ", ".join(f"{each:g}" for each in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def fold_words(operation: Operation) -> Iterator[str]:
@@ -128,34 +187,85 @@ def fold_words(operation: Operation) -> Iterator[str]:
         yield f"{', '.join(f'{name} = {value:g}' for name, value in where.items())}: a copy of {operand}"
 
 
+# --- examples -------------------------------------------------------------------------------------------
+
+EXPRESSION = "mix + 0.7*(tuned - original)"
+
+
+# Operations on one model have commands of their own.
+COMMANDS = {
+    "prune": "prune a.safetensors --ema drop",
+    "fix": "fix a.safetensors",
+    "extract": "extract a.safetensors --component vae",
+    "replace": "bake-vae a.safetensors b.safetensors",
+}
+
+
 def one_shot(operation: Operation) -> str | None:
     """The command that does it without a recipe; None where a difference goes in or comes out."""
-    if operation.result == "delta" or any(operand.space == "delta" for operand in operation.operands):
+    if operation.name in COMMANDS:
+        return f"mergekit-sd {COMMANDS[operation.name]} -o out.safetensors"
+    deltas = operation.result == "delta" or any(operand.space == "delta" for operand in operation.operands)
+    if deltas or any(parameter.name == "dtype" for parameter in operation.parameters):
         return None
-    files = " ".join(f"{operand.name}.safetensors" for operand in operation.operands)
-    values = "".join(f" --{parameter.name} {_value(parameter)}" for parameter in operation.parameters)
+    files = " ".join(f"{name}.safetensors" for name in _example_models(operation))
+    values = "".join(f" --{p.name} {shlex.quote(_shell_value(p))}" for p in operation.parameters)
     return f"mergekit-sd merge {files} --method {operation.name}{values} -o out.safetensors"
 
 
-def _value(parameter: Parameter) -> str:
-    return f"{0.5 if parameter.default is None else parameter.default:g}"
+def _example_models(operation: Operation) -> list[str]:
+    """Names for the models of an example; a list has two."""
+    if any(isinstance(parameter.kind, FormulaKind) for parameter in operation.parameters):
+        return ["mix", "tuned", "original"]
+    names: list[str] = []
+    for operand in operation.operands:
+        if operand.space != "delta" and not operand.optional:
+            names += ["one", "other"] if operand.many else [operand.name]
+    return names
+
+
+def _value(parameter: Parameter) -> Any:
+    """What an example gives for a parameter."""
+    kind = parameter.kind
+    if isinstance(kind, FormulaKind):
+        return EXPRESSION
+    if isinstance(kind, ListKind):
+        return [0, 0, 0, 0, 1, 0, 0.5, 0][: len(kind.names)]
+    if isinstance(kind, NumberKind) and kind.each:
+        return [0.5, 0.3]
+    if parameter.default is None:
+        return kind.options[0] if isinstance(kind, ChoiceKind) else 0.5
+    return parameter.default
+
+
+def _shell_value(parameter: Parameter) -> str:
+    value = _value(parameter)
+    if isinstance(parameter.kind, FormulaKind):
+        return "a + 0.7*(b - c)"
+    if isinstance(value, list):
+        return str(value) if isinstance(parameter.kind, NumberKind) else ",".join(f"{each:g}" for each in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def example_recipe(operation: Operation) -> str:
     """A recipe that uses the operation, as one would write it by hand."""
-    models = [operand.name for operand in operation.operands if operand.space != "delta"]
+    models = _example_models(operation)
     steps: list[str] = []
     sources: dict[str, str] = {}
     for operand in operation.operands:
-        sources[operand.name] = operand.name
-        if operand.space == "delta":
-            sources[operand.name] = "difference" if not steps else f"difference{len(steps) + 1}"
-            steps.append(_step(sources[operand.name], "subtract", {"a": "tuned", "b": "original"}))
+        if operand.many:
+            sources[operand.name] = json.dumps(models[-2:])
+        elif operand.space == "delta":
+            name = "difference" if not steps else f"difference{len(steps) + 1}"
+            steps.append(_step(name, "subtract", {"a": '"tuned"', "b": '"original"'}))
+            sources[operand.name] = f'"{name}"'
+        elif not operand.optional:
+            sources[operand.name] = f'"{operand.name}"'
     models += ["tuned", "original"] if steps else []
     steps.append(_step("result", operation.name, sources, [*_parameter_lines(operation)]))
     if operation.result == "delta":
         models.append("other")
-        steps.append(_step("sum", "add", {"a": "other", "b": "result"}))
+        steps.append(_step("sum", "add", {"a": '"other"', "b": '"result"'}))
     files = [f'{name} = "{name}.safetensors"' for name in models]
     last = "sum" if operation.result == "delta" else "result"
     output = ["[outputs.out]", f'model = "{last}"', 'file = "out.safetensors"']
@@ -163,14 +273,15 @@ def example_recipe(operation: Operation) -> str:
 
 
 def _step(name: str, op: str, sources: dict[str, str], more: Iterable[str] = ()) -> str:
-    operands = [f'{operand} = "{source}"' for operand, source in sources.items()]
+    operands = [f"{operand} = {source}" for operand, source in sources.items()]
     return "\n".join([f"[steps.{name}]", f'op = "{op}"', *operands, *more]) + "\n"
 
 
 def _parameter_lines(operation: Operation) -> Iterator[str]:
     for number, parameter in enumerate(operation.parameters):
-        line = f"{parameter.name} = {_value(parameter)}"
-        per_block = number == 0 and (parameter.low, parameter.high) == (0.0, 1.0)
+        value, kind = _value(parameter), parameter.kind
+        line = f"{parameter.name} = {f'{value:g}' if isinstance(value, float) else json.dumps(value)}"
+        per_block = number == 0 and isinstance(kind, NumberKind) and (kind.low, kind.high) == (0.0, 1.0)
         yield f'{line}  # or per block: {{ preset = "GRAD_V", base = 0.5 }}' if per_block else line
 
 
@@ -197,9 +308,9 @@ def markdown() -> str:
 
 
 def _section(operation: Operation) -> str:
-    facts = [f"- `{each.name}`: {SPACES[each.space]}" for each in operation.operands]
+    facts = [f"- `{each.name}`: {operand_words(each)}" for each in operation.operands]
     facts += [f"- `{each.name}`: {parameter_words(each)}" for each in operation.parameters]
-    facts.append(f"- gives {SPACES[operation.result]}; {STREAMING[operation.whole]}")
+    facts.append(f"- gives {SPACES[operation.result]}; works {WORKS[operation.by]}")
     facts += [f"- {words}" for words in fold_words(operation)]
     if operation.also:
         facts.append(f"- elsewhere: {', '.join(operation.also)}")

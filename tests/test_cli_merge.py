@@ -147,7 +147,7 @@ REFUSED = {
         2,
         {"hint": 'did you mean "add_difference"?'},
     ),
-    "a model too many": ([A, B, C], "UsageError", 2, {"hint": "for 3: --method add_difference, sum_twice, triple_sum"}),
+    "a model too many": ([A, B, C], "UsageError", 2, {"message": "weighted_sum takes 2 models (a, b), not 3."}),
     "a difference": ([A, B, "--method", "subtract"], "RecipeError", 2, {"key": "--method"}),
     "a missing model": ([A, "anima.safetensors"], "MissingInput", 3, {"file": "anima.safetensors"}),
     "a recipe as VAE": ([A, B, "--vae", "note.toml"], "WrongFormat", 3, {"file": "note.toml"}),
@@ -166,6 +166,53 @@ def test_refusals_name_the_option_and_leave_nothing(place, shell, wrong):
     assert named.items() <= error.items()
     assert error.get("hint") or error["details"]
     assert story.state(place) == before
+
+
+def test_methods_that_take_as_many_models_are_named(shell):
+    hint = shell.refused("UsageError", 2, "merge", A, B, C, "-o", "out.safetensors")["hint"]
+    assert hint.startswith("for 3: --method add_difference, ")
+
+
+def test_lists_choices_and_seeds_are_options_too(place, shell):
+    shell(
+        "merge",
+        A,
+        B,
+        C,
+        "--method",
+        "linear",
+        "--weights",
+        "[1, 0.5, 0.25]",
+        "-o",
+        "l.safetensors",
+        "--save-recipe",
+        "l.toml",
+    )
+    step = tomllib.loads((place / "l.toml").read_text())["steps"]["linear"]
+    assert step["weights"] == [1, 0.5, 0.25]
+    assert len(step["models"]) == 3
+    shell("merge", A, B, "--method", "tensor_sum", "--dim", "1", "--alpha", "0.5", "-o", "t.safetensors")
+    made = []
+    for seed in ("3", "3", "4"):
+        shell(
+            "merge",
+            A,
+            "--method",
+            "random_noise",
+            "--seed",
+            seed,
+            "-o",
+            "n.safetensors",
+            "--force",
+            "--metadata",
+            "none",
+        )
+        made.append((place / "n.safetensors").read_bytes())
+    assert made[0] == made[1] != made[2]
+    error = shell.refused(
+        "RecipeError", 2, "merge", A, B, "--method", "tensor_sum", "--dim", "3", "-o", "x.safetensors"
+    )
+    assert error["key"] == "--dim"
 
 
 def test_a_target_that_is_an_input_or_the_recipe(place, shell):

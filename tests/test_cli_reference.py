@@ -9,10 +9,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
 from mergekit_sd.cli.main import run
 from mergekit_sd.operations import OPERATIONS
+from mergekit_sd.operations.types import Key, NumberKind
 from mergekit_sd.recipe.load import load_recipe
 from mergekit_sd.recipe.presets import PRESETS, SD_BLOCKS, preset
 from mergekit_sd.recipe.schema import recipe_json_schema
@@ -58,11 +60,15 @@ def test_ops_json_tells_all_of_each(capsys):
     for each in every:
         operation = OPERATIONS[each["name"]]
         assert each["formula"] == operation.formula
-        assert [(p["name"], p["default"], p["low"], p["high"]) for p in each["parameters"]] == [
-            (p.name, p.default, p.low, p.high) for p in operation.parameters
-        ]
+        for told, parameter in zip(each["parameters"], operation.parameters, strict=True):
+            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            assert (told["name"], told["default"]) == (parameter.name, default)
+            assert told["low"] == getattr(parameter.kind, "low", None)
+            assert told["high"] == getattr(parameter.kind, "high", None)
+            assert told["options"] == list(getattr(parameter.kind, "options", ()))
         assert [(o["name"], o["space"]) for o in each["operands"]] == [(o.name, o.space) for o in operation.operands]
         assert each["whole_tensor"] is operation.whole
+        assert each["by"] == operation.by
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -92,16 +98,18 @@ def test_a_printed_recipe_can_be_copied(capsys, name):
 
 
 @pytest.mark.parametrize("name", [name for name, each in OPERATIONS.items() if one_shot(each)])
-def test_a_printed_command_is_one_that_merge_takes(capsys, name):
-    from mergekit_sd.cli.merge import merge_command
+def test_a_printed_command_is_one_that_is_taken(capsys, name):
+    from mergekit_sd.cli.main import cli
 
     printed = ran(capsys, "ops", name).split("Without a recipe:\n")[1]
     words = shlex.split(printed.replace("\\\n", " "))
     assert words == shlex.split(one_shot(OPERATIONS[name]))
-    assert words[:2] == ["mergekit-sd", "merge"]
-    context = merge_command.make_context("merge", words[2:])
-    assert context.params["method"] == name
-    assert len(context.params["models"]) == len(OPERATIONS[name].operands)
+    assert words[0] == "mergekit-sd"
+    command = cli.get_command(click.Context(cli), words[1])
+    context = command.make_context(words[1], words[2:])
+    if words[1] == "merge":
+        assert context.params["method"] == name
+        assert name == "formula" or OPERATIONS[name].takes(len(context.params["models"]))
 
 
 def test_what_takes_or_gives_a_difference_has_no_command(capsys):
@@ -120,8 +128,8 @@ def test_folds_are_found_and_are_true():
     assert folds(OPERATIONS["subtract"]) == []
     for operation in OPERATIONS.values():
         for where, operand in folds(operation):
-            rest = {p.name: 0.61 for p in operation.parameters}
-            assert operation.folds_to(rest | where) == operand
+            rest = {p.name: 0.61 if isinstance(p.kind, NumberKind) else p.default for p in operation.parameters}
+            assert operation.folds_to(rest | where, Key("a.weight", "sd1", "unet", "IN04")) == operand
 
 
 @pytest.mark.parametrize(
@@ -184,7 +192,7 @@ def test_a_name_of_several_is_refused_naming_them(monkeypatch):
         monkeypatch.setitem(OPERATIONS, name, replace(OPERATIONS[name], also=("Both (tool)",)))
     with pytest.raises(UsageError) as caught:
         find_operation("both")
-    assert [detail.split(":")[0] for detail in caught.value.details] == ["scale", "slerp"]
+    assert sorted(detail.split(":")[0] for detail in caught.value.details) == ["scale", "slerp"]
 
 
 # --- docs/operations.md ---

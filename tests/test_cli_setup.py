@@ -326,7 +326,7 @@ def completed(words, cword=None):
     ("words", "expected"),
     [
         ("mergekit-sd pre", ["presets"]),
-        ("mergekit-sd ops add", ["add_difference", "add"]),
+        ("mergekit-sd ops add_d", ["add_difference"]),
         ("mergekit-sd presets cos", ["COSINE"]),
         ("mergekit-sd roots ", ["add", "list"]),
         ("mergekit-sd ops --j", ["--json"]),

@@ -47,7 +47,7 @@ def test_the_json_has_the_whole_contract(tmp_path):
     model = small("sd1")
     path = save(tmp_path / "a.safetensors", model, {"format": "pt"})
     report = json.loads(words(path, "--json"))
-    assert set(report) == CONTRACT | {"file_bytes", "prunable"}
+    assert set(report) == CONTRACT | {"file_bytes", "prunable", "notes"}
     assert (report["path"], report["format"]) == (str(path), "safetensors")
     assert (report["kind"], report["architecture"], report["prediction"]) == ("checkpoint", "sd1", "epsilon")
     assert (report["tensors"], report["bytes"]) == (len(model), size_of(model))

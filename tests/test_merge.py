@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import SD_BLOCKS, XL_BLOCKS, block_of, error_in_steps, f64, is_carried, recipe, same
-from test_operations import FORMULAS
+from oracle_basics import METHODS
 
 import mergekit_sd as mk
 from mergekit_sd.errors import FamilyMismatch, RecipeError, ShapeMismatch
@@ -178,7 +178,7 @@ def test_operation(room, op):
     operands = load(room, *(f"sd1-{step[name]}" for name in "abc" if name in step))
     parameters = {name: step[name] for name in ("alpha", "beta") if name in step}
     made = models.read(room / "out.safetensors")
-    check(made, operands[0], lambda key: FORMULAS[op](*(f64(each[key]) for each in operands), **parameters))
+    check(made, operands[0], lambda key: METHODS[op].formula(*(f64(each[key]) for each in operands), **parameters))
 
 
 @families
@@ -201,7 +201,7 @@ def test_chain_of_all(room, name):
         x, y, z = (f64(each[key]) for each in (a, b, c))
         mix = 0.7 * x + 0.3 * y
         moved = mix + 0.7 * (y - z) + 0.75 * 0.4 * (z - x) + 0.25 * (y - x)
-        return FORMULAS["slerp"](moved, mix, alpha=0.2)
+        return METHODS["slerp"].formula(moved, mix, alpha=0.2)
 
     check(made, a, oracle)
     assert report.counts["merged"] == sum(not is_carried(key) for key in made)

@@ -60,7 +60,7 @@ def test_empty_file(file):
 def test_seven_bytes(file, content):
     file.write_bytes(content)
     if content[0] == 0x80:
-        refuse(file, WrongFormat)
+        assert "0xff where an opcode should stand" in refuse(file).message
     else:
         assert "only 7 bytes" in refuse(file).message
 
@@ -179,11 +179,10 @@ CONTENTS = [
     (b"\xef\xbb\xbf \r\n<HTML lang=en>", "an HTML page", "login"),
     (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML text", "download it again"),
     (POINTER, "a git-lfs pointer", "git lfs pull"),
-    (torch_zip(), "a PyTorch checkpoint (a zip", "not in this version yet"),
-    (torch_legacy(), "a PyTorch checkpoint of the old kind", "not in this version yet"),
-    (pickle.dumps({"a": 1}, 2), "a PyTorch checkpoint of the old kind", "not in this version yet"),
+    (pickle.dumps({"a": 1}, 2), "a pickle, but not one of PyTorch's", "as .safetensors"),
     (plain_zip(), "a zip archive", "unpack"),
     (tar(), "a tar archive", "unpack"),
+    (tar(), "from before 2018", "save it again with torch.save"),
     (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file", "quantised"),
     (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive", "unpack"),
     (b"Rar!\x1a\x07\x01\0", "a RAR archive", "unpack"),
@@ -206,6 +205,15 @@ def test_other_formats_are_named_whatever_the_suffix(tmp_path, content, words, h
     error = refuse(file, WrongFormat)
     assert words in error.message
     assert hint in error.hint
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt", ".bin", ""])
+@pytest.mark.parametrize("content", [torch_zip(), torch_legacy()], ids=["zip", "legacy"])
+def test_checkpoints_open_under_any_name(tmp_path, content, suffix):
+    file = tmp_path / f"model{suffix}"
+    file.write_bytes(content)
+    model = open_model(file)
+    assert (model.format, list(model.tensors)) == ("pickle", ["a"])
 
 
 def test_every_text_is_told_wherever_it_is_cut():

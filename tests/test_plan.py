@@ -16,7 +16,7 @@ from mergekit_sd.errors import MissingInput, OutputIsInput, RecipeError, UsageEr
 from mergekit_sd.formats.dtypes import F16
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.operations import OPERATIONS
-from mergekit_sd.planning.expression import Apply, FirstChannels, Read, RestChannels, compile_expression, inputs_of
+from mergekit_sd.planning.expression import Apply, FirstChannels, Read, RestChannels, compile_expression, reads_of
 
 # --- programs ----------------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def test_programs_compute_the_graph(graph):
     program = compile_expression(graph)
     assert interpret(program) is graph
     assert len(program.instructions) == len(nodes_of(graph)), "every node once"
-    assert {read.input for read in program.reads} == inputs_of(graph)
+    assert set(program.reads) == set(reads_of(graph))
     assert not program.whole
 
 

@@ -365,6 +365,20 @@ def test_set_values(load, text, value):
 def test_set_paths(load):
     assert alpha(load(SMALL, {"steps.mix.alpha.OUT05": "1"})) == {"default": 0.5, "OUT05": 1.0}
     assert alpha(load(SMALL, {"steps.mix.alpha.OUT05.attn2": "1"})) == {"default": 0.5, "OUT05.attn2": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ('"GRAD_V"', {"preset": "GRAD_V"}),
+        ('"OUT03:attn:0.5"', {"elemental": "OUT03:attn:0.5"}),
+        (f'"{", ".join(["0.5"] * 26)}"', {"weights": [0.5] * 26}),
+        (f"{[0.5] * 26}", {"weights": [0.5] * 26}),
+    ],
+)
+def test_set_widens_every_short_form(load, short, long):
+    made = alpha(load(SMALL, {"steps.mix.alpha": short, "steps.mix.alpha.OUT05": "1"}))
+    assert made == long | {"OUT05": 1.0}
     assert alpha(load(SMALL, {'steps.mix.alpha."OUT05.attn2"': "1"})) == {"default": 0.5, "OUT05.attn2": 1.0}
     assert alpha(load(SMALL, {"steps.mix.alpha.*.attn1.*": "1"})) == {"default": 0.5, "*.attn1.*": 1.0}
     both = {"steps.mix.alpha": "GRAD_V", "steps . mix . alpha.base": "1"}
@@ -449,8 +463,10 @@ def test_the_shape_of_the_json_schema():
         assert step["properties"]["op"]["const"] == op
         assert step["additionalProperties"] is False
         named = {each.name for each in (*operation.operands, *operation.parameters)}
-        assert set(step["properties"]) == named | {"op", "extrapolate"}
-        assert {each.name for each in operation.operands} | {"op"} <= set(step["required"])
+        assert set(step["properties"]) == named | {"op", "extrapolate"} | ({"seed"} if operation.seeded else set())
+        needed = {each.name for each in operation.operands if not each.optional}
+        needed |= {each.name for each in operation.parameters if each.default is None}
+        assert needed | {"op"} == set(step["required"])
     text = json.dumps(schema)
     assert '"null"' not in text
     references = {part.split('"')[0] for part in text.split('"#/$defs/')[1:]}

@@ -113,6 +113,7 @@ SELECTORS = {
     "[ab].c": Rank.GLOB,
     "model.diffusion_model.out.2.bias": Rank.NAME,
     "weight": Rank.NAME,
+    "seeds": Rank.NAME,
 }
 
 
@@ -138,6 +139,8 @@ WRONG = {
     "Base": ("not a selector", '"base"'),
     "clip-l": ("not a selector", '"clip_l"'),
     "presets": ("not a selector", '"preset"'),
+    "elementals": ("not a selector", '"elemental"'),
+    "Random": ("not a selector", '"random"'),
 }
 
 

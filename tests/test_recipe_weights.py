@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 import pytest
+import xxhash
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -140,6 +141,69 @@ def test_describe_is_plain_and_stable():
     assert parse({"base": 0.5}).describe() == {"base": 0.5}
 
 
+def test_a_list_in_a_table():
+    table = {"weights": NUMBERS, "OUT05": 1, "base": 0.5}
+    resolved = parse(table).resolve(SD1, SD1.names)
+    for name, place in SD1.places.items():
+        expected = 1 if place.block == "OUT05" else NUMBERS[1 + SD_BLOCKS.index(place.block)] if place.block else 0.5
+        assert resolved[name] == expected
+    assert parse(table).describe() == {"weights": NUMBERS, "OUT05": 1.0, "base": 0.5}
+    assert parse({"weights": NUMBERS}) == parse(NUMBERS) == parse({"weights": ",".join(map(str, NUMBERS))})
+    assert parse({"weights": NUMBERS[1:]}) == parse(NUMBERS[1:])
+    assert parse({"weights": NUMBERS}).describe() == NUMBERS
+
+
+# --- random numbers --------------------------------------------------------------------------------
+
+
+def drawn(seed, name, block, low, high):
+    """The contract: three decimals of low to high, by a hash of the text seed/name/block."""
+    return round(low + (high - low) * xxhash.xxh3_64_intdigest(f"{seed}/{name}/{block}".encode()) / 2**64, 3)
+
+
+@pytest.mark.parametrize("layout", [SD1, SDXL])
+def test_random_numbers_by_block(layout):
+    resolved = parse({"random": [0.2, 0.8]}).resolve(layout, layout.names, seed=7)
+    assert resolved == {
+        name: drawn(7, "alpha", place.block or "base", 0.2, 0.8) for name, place in layout.places.items()
+    }
+    assert len(set(resolved.values())) > 15
+    assert all(0.2 <= value <= 0.8 for value in resolved.values())
+    some = layout.names[::7]
+    assert parse({"random": [0.2, 0.8]}).resolve(layout, some, seed=7) == {name: resolved[name] for name in some}
+
+
+def test_random_numbers_depend_on_seed_and_parameter():
+    random = {"random": [0, 1]}
+    first = parse(random).resolve(SD1, SD1.names, seed=3)
+    assert parse(random).resolve(SD1, SD1.names, seed=4) != first
+    assert parse(random).resolve(SD1, SD1.names) == parse(random).resolve(SD1, SD1.names, seed=0)
+    assert parse(random | {"seed": 3}).resolve(SD1, SD1.names, seed=4) == first
+    beta = parse_weights(random, where=Where("r.toml", ("steps", "mix", "beta")))
+    assert beta.name == "beta"
+    assert beta.resolve(SD1, SD1.names, seed=3) != first
+    listed = parse_weights(random, where=Where("r.toml", ("steps", "mix", "weights", 1)))
+    assert listed.name == "weights.1"
+    elsewhere = parse_weights(random, where=Where("r.toml", ("steps", "other", "alpha")))
+    assert elsewhere.resolve(SD1, SD1.names, seed=3) == first
+    # known answers: recipes in the world depend on them
+    assert [first[name] for name in (SD1.names[0], SD1.names[-1])] == [0.532, 0.655]
+
+
+def test_random_numbers_lie_under_selectors():
+    table = {"random": [0.2, 0.8], "seed": 3, "vae": 0, "OUT05": 1}
+    resolved = parse(table).resolve(SD1, SD1.names)
+    plain = parse({"random": [0.2, 0.8], "seed": 3}).resolve(SD1, SD1.names)
+    for name, place in SD1.places.items():
+        assert resolved[name] == (0 if place.component == "vae" else 1 if place.block == "OUT05" else plain[name])
+    assert parse(table).describe() == {"random": [0.2, 0.8], "seed": 3, "vae": 0.0, "OUT05": 1.0}
+    assert parse({"random": [0.2, 0.8]}).describe() == {"random": [0.2, 0.8]}
+    assert set(parse({"random": [0.12345, 0.12345]}).resolve(SD1, SD1.names).values()) == {0.12345}
+    wide = parse({"random": [-1, 2]}, extrapolate=True).resolve(SD1, SD1.names).values()
+    assert min(wide) < 0
+    assert max(wide) > 1
+
+
 # --- refusals of form ------------------------------------------------------------------------------
 
 BAD = {
@@ -166,6 +230,21 @@ BAD = {
     "try": ({"try": [0.1, 0.2]}, "only a sweep", "sweep"),
     "try_in_selector": ({"OUT05": {"try": [1]}}, "only a sweep", "one value"),
     "preset_number": ({"preset": 0.5}, "name of a preset", "GRAD_V"),
+    "weights_count": ({"weights": [0.5] * 12}, "weights has 12 numbers", "26 numbers"),
+    "weights_item": ({"weights": [*NUMBERS[:25], 2]}, "Item 26 of weights is 2", "extrapolate = true"),
+    "weights_text": ({"weights": "0.1,x" + ",0" * 23}, 'Item 2 of weights is "x"', None),
+    "weights_preset": ({"weights": "GRAD_V"}, "takes a list of numbers", "26 numbers"),
+    "two_bases": ({"preset": "GRAD_V", "weights": NUMBERS}, "both preset and weights", "one of the two"),
+    "random_and_preset": ({"random": [0, 1], "preset": "GRAD_V"}, "both random and preset", "one of the two"),
+    "random_number": ({"random": 0.5}, "takes two numbers", "[0.2, 0.8]"),
+    "random_three": ({"random": [0, 0.5, 1]}, "takes two numbers", "[0.2, 0.8]"),
+    "random_down": ({"random": [0.8, 0.2]}, "runs from 0.8 down to 0.2", "[0.2, 0.8]"),
+    "random_high": ({"random": [0, 2]}, "Item 2 of random is 2", "extrapolate = true"),
+    "seed_alone": ({"preset": "GRAD_V", "seed": 3}, "seed is for random weights", "random ="),
+    "seed_text": ({"random": [0, 1], "seed": "x"}, "seed takes a whole number", "such as 7"),
+    "seed_bool": ({"random": [0, 1], "seed": True}, "seed takes a whole number", "such as 7"),
+    "seed_low": ({"random": [0, 1], "seed": -1}, "seed takes a whole number", "such as 7"),
+    "seed_big": ({"random": [0, 1], "seed": 2**63}, "seed takes a whole number", "such as 7"),
 }
 
 
@@ -276,7 +355,15 @@ def test_an_unknown_layout_takes_numbers_globs_and_names():
     assert resolved[names[1]] == 0.5
     assert resolved[names[2]] == 1
     assert set(parse(0.3).resolve(UNKNOWN, names).values()) == {0.3}
-    for value in (NUMBERS, "GRAD_V", {"default": 0, "base": 1}, {"default": 0, "OUT05": 1}, {"default": 0, "M00.q": 1}):
+    some = {"random": [0, 1]}, {"default": 0, "elemental": ":q:1"}
+    for value in (
+        NUMBERS,
+        "GRAD_V",
+        *some,
+        {"default": 0, "base": 1},
+        {"default": 0, "OUT05": 1},
+        {"default": 0, "M00.q": 1},
+    ):
         error = unresolved(value, UNKNOWN)
         assert "needs a known architecture" in error.message
         assert "globs" in error.hint

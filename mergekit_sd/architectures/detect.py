@@ -11,14 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from mergekit_sd.architectures import catalog, places
 from mergekit_sd.architectures.layout import Kind, Layout, is_ema
 from mergekit_sd.architectures.spec import Architecture, Prediction, Shape
 
-if TYPE_CHECKING:
-    from mergekit_sd.formats.tensor import TensorInfo
+
+class Shaped(Protocol):
+    """All that is looked at of a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
 
 Shapes = Mapping[str, Shape]
 
@@ -32,7 +37,7 @@ ADDED = 0.25
 STRAY = 0.1
 
 
-def detect(tensors: Mapping[str, TensorInfo]) -> Layout:
+def detect(tensors: Mapping[str, Shaped]) -> Layout:
     """What a file with these tensors is."""
     canonical = _canonical(tensors)
     shapes = {canonical[name]: info.shape for name, info in tensors.items()}
@@ -50,7 +55,7 @@ def detect(tensors: Mapping[str, TensorInfo]) -> Layout:
     return _alone(canonical, shapes)
 
 
-def prediction_hint(tensors: Mapping[str, TensorInfo]) -> Prediction | None:
+def prediction_hint(tensors: Mapping[str, Shaped]) -> Prediction | None:
     """What the model predicts, where the names tell: `detect(tensors).prediction`."""
     return detect(tensors).prediction
 

@@ -100,6 +100,8 @@ def _show_inspection(found: mk.Inspection) -> None:
         _list(f"Junk, {count(found.junk.tensors, 'tensor')}, {size(found.junk.bytes)}", each)
     if found.nonfinite is not None:
         _show_scan(found.nonfinite)
+    if found.notes:
+        _list("Notes", found.notes)
     if found.metadata:
         _show_metadata(found.metadata)
     if found.identity is not None:

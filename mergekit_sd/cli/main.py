@@ -32,6 +32,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "merge": ("merge", "Merge models without writing a recipe."),
         "demo": ("demo", "Make small models and merge them, to see how it works."),
     },
+    "Surgery": {
+        "prune": ("surgery", "Take out junk and the EMA copy."),
+        "fix": ("surgery", "Mend position ids and NovelAI's names."),
+        "extract": ("surgery", "Write one component as a file of its own."),
+        "bake-vae": ("surgery", "Put another VAE into a checkpoint."),
+    },
     "Files": {
         "inspect": ("inspect", "Tell what a model file is and what is in it."),
         "diff": ("inspect", "Compare two models block by block."),
@@ -67,7 +73,7 @@ class Group(click.Group):
         for section in COMMANDS.values():
             if cmd_name in section:
                 module = importlib.import_module(f"mergekit_sd.cli.{section[cmd_name][0]}")
-                command: click.Command = getattr(module, f"{cmd_name}_command")
+                command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
                 return command
         return None
 

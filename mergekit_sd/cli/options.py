@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mergekit_sd.errors import EnvironmentFault, UsageError
+from mergekit_sd.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,17 +39,10 @@ device_option = click.option(
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    expose_value=False,
-    callback=lambda _context, _parameter, value: _check_device(value),
     help="Where to compute.",
 )
 allow_nonfinite_option = click.option("--allow-nonfinite", is_flag=True, help="Write NaN and Inf all the same.")
 scan_option = click.option("--scan", is_flag=True, help="Look for NaN and Inf in tensors that are only copied, too.")
-
-
-def _check_device(device: str) -> None:
-    if device != "cpu":
-        raise EnvironmentFault("Merging on a GPU is not in this version yet.", hint="leave out --device")
 
 
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:

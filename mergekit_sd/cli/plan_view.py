@@ -47,8 +47,11 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 
 def _print_step(out: Any, step: dict[str, Any]) -> None:
-    operands = ", ".join(f"{name} = {shown(source)}" for name, source in step["operands"].items())
-    _say(out, 0, f"step {shown(step['name'])}: {step['op']}({operands})", wrap=True)
+    settings = dict(step["settings"])
+    operands = ", ".join(f"{name} = {_names(source)}" for name, source in step["operands"].items())
+    _say(out, 0, f"step {shown(step['name'])}: {step['op']}({settings.pop('expr', operands)})", wrap=True)
+    for setting, value in settings.items():
+        _say(out, 2, f"{setting} = {_setting(value)}", wrap=True)
     for parameter, blocks in step["weights"].items():
         _print_weights(out, parameter, blocks)
     folded = {"merged": step["merged"], "folded to copies": step["folded"], "carried over": step["carried"]}
@@ -56,10 +59,19 @@ def _print_step(out: Any, step: dict[str, Any]) -> None:
     for what, names in (
         ("missing elsewhere, kept as they are", step["kept"]),
         ("only elsewhere, dropped", step["dropped"]),
+        *((f"taken out as {what}", names) for what, names in step["removed"].items()),
     ):
         if names:
             _say(out, 2, f"{count(len(names), 'tensor')} {what}: {listed(names)}", wrap=True)
     out.print()
+
+
+def _names(source: str | list[str]) -> str:
+    return shown(source) if isinstance(source, str) else f"[{', '.join(shown(name) for name in source)}]"
+
+
+def _setting(value: Any) -> str:
+    return ", ".join(f"{each:g}" for each in value) if isinstance(value, tuple | list) else str(value)
 
 
 def _say(out: Any, indent: int, text: str, *, wrap: bool = False) -> None:

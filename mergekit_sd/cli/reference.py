@@ -58,7 +58,9 @@ def _print_operation(operation: dict[str, Any]) -> None:
     lines = [("for", operation["purpose"]), ("formula", operation["formula"])]
     lines += [(each["name"], each["takes"]) for each in (*operation["operands"], *operation["parameters"])]
     lines.append(("gives", operation["gives"]))
-    lines.append(("works", "on whole tensors" if operation["whole_tensor"] else "streaming, in small pieces"))
+    lines.append(("works", operation["works"]))
+    if operation["seeded"]:
+        lines.append(("seed", "random numbers depend on the seed and the tensor's name alone"))
     for fold in operation["folds"]:
         where = ", ".join(f"{name} = {value:g}" for name, value in fold["where"].items())
         lines.append(("copies", f"{fold['copy_of']} where {where}"))

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from mergekit_sd.errors import Cancelled, PinMismatch
 from mergekit_sd.events import CancelToken, Listener, Noted, OutputFinished, OutputStarted, Progressed, ignore
 from mergekit_sd.execute.compare import Comparison
 from mergekit_sd.execute.ledger import Leaves, Ledger
+from mergekit_sd.execute.memory import check_device, memory_of
+from mergekit_sd.execute.surveys import needed_surveys, survey_models
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
 from mergekit_sd.execute.worker import Sink, Worker
 from mergekit_sd.formats.claims import sweep
@@ -36,7 +39,7 @@ TICK = 0.1  # seconds between progress events
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run a plan; none of it changes the bytes, but for `allow_nonfinite`.
+    """How to run a plan; none of it changes the bytes, but for `allow_nonfinite` and `device` (the last bits).
 
     `hashing`: make content hashes while streaming. `sha256`: hash
     every input file, for the lock. `expected`: output name to the content hash
@@ -50,6 +53,7 @@ class RunOptions:
     hashing: bool = True
     sha256: bool = False
     memory: int = MEMORY_BUDGET
+    device: str = "cpu"
     expected: Mapping[str, str] = field(default_factory=dict)
     expected_inputs: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,6 +100,7 @@ def execute(
     for output in plan.outputs:
         sweep(output.path.resolve().parent)  # before the room is looked at: killed runs' leftovers take some
     check_targets(plan, options.force)
+    check_device(options.device)
     cancel = cancel or CancelToken()
     files = check_pins(plan, cancel, every=options.sha256 or plan.metadata == "webui")
     run = _Run(plan, options, files, Leaves(), on_event, cancel)
@@ -269,7 +274,7 @@ def _opened(plan: Plan) -> Iterator[list[InputFile]]:
         for source in plan.inputs:
             path = source.file.path
             if path not in files:
-                files[path] = InputFile(path, source.file.state)
+                files[path] = InputFile.of(source.file)
                 stack.callback(files[path].close)
         yield [files[source.file.path] for source in plan.inputs]
 
@@ -297,6 +302,7 @@ def _work(
     tasks = cut(output)
     lock = threading.Lock()
     stop = threading.Event()
+    number = thread_count(output, run.options)
 
     def check() -> None:
         if stop.is_set():
@@ -306,17 +312,27 @@ def _work(
         with lock:
             return next(tasks, None)
 
+    def new_worker() -> Worker:
+        clamp = output.spec.overflow == "clamp"
+        options, memory = run.options, memory_of(run.options.device)
+        return Worker(
+            inputs, sink, ledger, check, memory=memory, hashing=options.hashing, scan=options.scan, clamp=clamp
+        )
+
     def work() -> None:
         torch.set_num_threads(1)
-        clamp = output.spec.overflow == "clamp"
-        worker = Worker(inputs, sink, ledger, check, hashing=run.options.hashing, scan=run.options.scan, clamp=clamp)
-        while task := next_task():
-            check()
-            worker.do(task)
+        worker = new_worker()
+        with worker.at_work():
+            while task := next_task():
+                check()
+                worker.do(task)
 
     threads = torch.get_num_threads()
     try:
-        _wait([work] * thread_count(output, run.options), tell, run.cancel, stop.set)
+        for survey in needed_surveys(output):
+            run.on_event(Noted(f'step "{survey.step}": looking at the whole models first'))
+            _wait([partial(survey_models, survey, new_worker, number)], tell, run.cancel, stop.set)
+        _wait([work] * number, tell, run.cancel, stop.set)
     finally:
         torch.set_num_threads(threads)  # the workers' 1 is also what threads begun later would get
 

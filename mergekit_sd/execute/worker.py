@@ -6,17 +6,29 @@ Must not know recipes or the command line. Torch is used here and in `operations
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mergekit_sd.execute.ledger import LeafHasher, Ledger
+from mergekit_sd.execute.memory import Buffer, Floats, Memory
 from mergekit_sd.execute.tasks import CHUNK, PAD, Task
-from mergekit_sd.formats.dtypes import F32, F64, Dtype
+from mergekit_sd.formats.dtypes import F64
 from mergekit_sd.formats.reading import InputFile
 from mergekit_sd.lazy import torch
 from mergekit_sd.operations.types import Tensor
-from mergekit_sd.planning.expression import Apply, Constant, Expression, FirstChannels, Program, Read, RestChannels
+from mergekit_sd.planning.expression import (
+    Apply,
+    Constant,
+    Expression,
+    FirstChannels,
+    Instruction,
+    Program,
+    Read,
+    RestChannels,
+    operands_of,
+)
 from mergekit_sd.planning.values import PlannedTensor
 
 
@@ -30,25 +42,6 @@ class Sink(Protocol):
         """Take bytes of an input, unseen."""
 
 
-class Buffer:
-    """Memory that files read into and torch computes on."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.bytes = memoryview(bytearray(max(nbytes, 8)))
-        self._chunks: dict[str, Tensor] = {}
-
-    def elements(self, dtype: Dtype, length: int, start: int = 0) -> Tensor:
-        """Elements `start` on of the buffer as a flat tensor of a dtype. Whole chunks' views are kept."""
-        if start == 0 and length == CHUNK and dtype.name in self._chunks:
-            return self._chunks[dtype.name]
-        usable = len(self.bytes) // dtype.itemsize * dtype.itemsize
-        whole = torch.frombuffer(self.bytes[:usable], dtype=getattr(torch, dtype.torch_name))
-        view = whole[start : start + length]
-        if start == 0 and length == CHUNK:
-            self._chunks[dtype.name] = view
-        return view
-
-
 class Worker:
     """Does tasks, one after the other. Not shared between threads."""
 
@@ -59,6 +52,7 @@ class Worker:
         ledger: Ledger,
         check: Callable[[], None],
         *,
+        memory: Memory,
         hashing: bool,
         scan: bool,
         clamp: bool,
@@ -70,9 +64,9 @@ class Worker:
         self._hashing = hashing
         self._scan = scan
         self._clamp = clamp
-        self._raw = Buffer(CHUNK * 8)
-        self._rounded = Buffer(CHUNK * 8)
-        self._registers: list[Buffer] = []
+        self._memory = memory
+        self._copied: Buffer | None = None  # bytes that are copied and looked at on their way
+        self._registers: list[Floats] = []
 
     def do(self, task: Task) -> None:
         """Make the task's part of its tensor and hand it to the sink."""
@@ -80,10 +74,17 @@ class Worker:
             self._write_constant(task)
         elif task.tensor.how == "copied":
             self._copy(task)
-        elif task.tensor.program.whole:
-            self._compute_whole(task)
         else:
-            self._compute_chunks(task)
+            self._compute(task)
+
+    def at_work(self) -> contextlib.AbstractContextManager[Any]:
+        """Around all that it does on its thread."""
+        return self._memory.at_work()
+
+    def whole(self, program: Program, shape: Sequence[int]) -> Tensor:
+        """A program's result for a whole tensor, in float32; nothing is hashed or written."""
+        held = self._held(program, {})
+        return self._made(program.instructions, program.registers, math.prod(shape), held, {}).reshape(tuple(shape))
 
     # --- bytes that do not change ----------------------------------------------------------------
 
@@ -106,14 +107,15 @@ class Worker:
             self._ledger.advance(task.stop - task.start)
             return
         hasher = self._hasher()
+        self._copied = buffer = self._copied or Buffer(CHUNK * 8)
         piece = CHUNK * read.dtype.itemsize
         for start in range(task.start, task.stop, piece):
             self._check()
-            data = self._raw.bytes[: min(piece, task.stop - start)]
+            data = buffer.bytes[: min(piece, task.stop - start)]
             source.read_into(data, read.tensor.offset + start)
             if scan:
                 elements = len(data) // read.dtype.itemsize
-                values = self._raw.elements(read.dtype, elements)
+                values = buffer.elements(read.dtype, elements)
                 self._find_nonfinite(tensor, values if read.dtype == F64 else values.to(torch.float32))
             self._emit(tensor, data, start, hasher)
         self._keep_made(hasher, tensor, task.start)
@@ -121,72 +123,103 @@ class Worker:
 
     # --- arithmetic ------------------------------------------------------------------------------
 
-    def _compute_chunks(self, task: Task) -> None:
+    def _compute(self, task: Task) -> None:
         tensor, program = task.tensor, task.tensor.program
-        while len(self._registers) < program.registers:
-            self._registers.append(Buffer(CHUNK * F32.itemsize))
         hashers = {id(read): self._hasher() for read in program.reads}
         written = self._hasher()
+        unread = dict(hashers)
+        held = self._held(program, unread)
+        slots = [(register, 0) for register in self._registers_for(program.registers)]
         for start in range(task.start, task.stop, CHUNK):
             self._check()
             length = min(CHUNK, task.stop - start)
-            padded = -(-length // PAD) * PAD
-            result = self._run(program, start, length, padded, hashers)
-            self._store(tensor, result if length == padded else result[:length], start, written)
+            result = self._run(program.instructions, slots, start, length, held, unread)
+            self._store(tensor, result[:length], start, written)
         self._finish(task, hashers, written)
 
-    def _run(self, program: Program, start: int, length: int, padded: int, hashers: dict[int, Any]) -> Tensor:
-        """Run an elementwise program on one chunk; the result has `padded` elements."""
-        views = [register.elements(F32, padded) for register in self._registers[: program.registers]]
+    def _held(self, program: Program, hashers: dict[int, Any]) -> dict[int, Tensor]:
+        """The whole tensors that a program's stages make, flat, by their node's id, as far as they are needed.
+
+        `hashers`, by a read's id, hash what is read; those that are done are taken out.
+        """
+        held: dict[int, Tensor] = {}
+        for stage in program.stages:
+            self._check()
+            if stage.instructions:
+                value = self._made(stage.instructions, stage.registers, _numel(stage.node), held, hashers)
+            else:
+                operands = [held[id(node)].reshape(node.shape) for node in operands_of(stage.node)]
+                value = _applied(stage.node, operands, 0, None).reshape(-1)
+                del operands
+            held[id(stage.node)] = value
+            for node in stage.frees:
+                del held[id(node)]
+        return held
+
+    def _made(
+        self,
+        instructions: Sequence[Instruction],
+        registers: int,
+        numel: int,
+        held: dict[int, Tensor],
+        hashers: dict[int, Any],
+    ) -> Tensor:
+        """The result of instructions for a whole tensor, put together from its pieces."""
+        made = self._memory.floats(-(-numel // PAD) * PAD)
+        slots = [(register, 0) for register in self._registers_for(registers)]
+        for start in range(0, numel, CHUNK):
+            self._check()
+            slots[instructions[-1].target] = (made, start)
+            length = min(CHUNK, numel - start)
+            result = self._run(instructions, slots, start, length, held, hashers)
+            if instructions[-1].held:
+                made.part(start, length).copy_(result[:length])
+        for instruction in instructions:
+            hashers.pop(id(instruction.node), None)
+        return made.part(0, numel)
+
+    def _registers_for(self, count: int) -> list[Floats]:
+        while len(self._registers) < count:
+            self._registers.append(self._memory.floats(CHUNK))
+        return self._registers[:count]
+
+    def _run(
+        self,
+        instructions: Sequence[Instruction],
+        slots: Sequence[tuple[Floats, int]],
+        start: int,
+        length: int,
+        held: dict[int, Tensor],
+        hashers: dict[int, Any],
+    ) -> Tensor:
+        """Run instructions on one chunk; the result is padded. A slot is a register: a buffer, and where in it."""
+        padded = -(-length // PAD) * PAD
+        views = [floats.part(at, padded) for floats, at in slots]
         values = list(views)
-        for step in program.instructions:
-            target = views[step.target]
-            if isinstance(step.node, Read):
-                self._load(step.node, start, length, self._registers[step.target], 0, hashers[id(step.node)])
+        for step in instructions:
+            target, (floats, at) = views[step.target], slots[step.target]
+            if step.held:
+                values[step.target] = _piece(held[id(step.node)], start, padded, target)
+            elif isinstance(step.node, Read):
+                self._load(step.node, start, length, floats, at, hashers.get(id(step.node)))
                 if length < padded:
                     target[length:].zero_()
                 values[step.target] = target
             else:
-                values[step.target] = _applied(step.node, [values[source] for source in step.sources], target)
-        return values[program.result]
+                sources = [values[source] for source in step.sources]
+                values[step.target] = _applied(step.node, sources, start, target)
+        return values[instructions[-1].target]
 
-    def _compute_whole(self, task: Task) -> None:
-        tensor, program = task.tensor, task.tensor.program
-        hashers = {id(read): self._hasher() for read in program.reads}
-        values: dict[int, Tensor] = {}
-        for step in program.instructions:
-            self._check()
-            sources = [values[source] for source in step.sources]
-            values.pop(step.target, None)  # frees the register's former value
-            values[step.target] = self._whole_value(step.node, sources, hashers)
-        result = values[program.result].reshape(-1)
-        values.clear()
-        written = self._hasher()
-        for start in range(0, tensor.info.numel, CHUNK):
-            self._check()
-            self._store(tensor, result[start : start + CHUNK], start, written)
-        self._finish(task, hashers, written)
-
-    def _whole_value(self, node: Expression, sources: list[Tensor], hashers: dict[int, Any]) -> Tensor:
-        if isinstance(node, Read):
-            numel = node.tensor.numel
-            buffer = Buffer(numel * F32.itemsize)
-            for start in range(0, numel, CHUNK):
-                self._check()
-                self._load(node, start, min(CHUNK, numel - start), buffer, start, hashers[id(node)])
-            return buffer.elements(F32, numel).reshape(node.shape)
-        return _applied(node, sources, None)
-
-    def _load(self, read: Read, start: int, length: int, into: Buffer, at: int, hasher: LeafHasher | None) -> None:
+    def _load(self, tensor: Read, start: int, length: int, into: Floats, at: int, hasher: LeafHasher | None) -> None:
         """Elements `start` on of a tensor, as float32, to element `at` of a buffer."""
-        size = read.dtype.itemsize
-        direct = read.dtype == F32
-        data = into.bytes[at * 4 : (at + length) * 4] if direct else self._raw.bytes[: length * size]
-        self._inputs[read.input].read_into(data, read.tensor.offset + start * size)
-        if hasher:
-            hasher.update(data)
-        if not direct:
-            into.elements(F32, length, at).copy_(self._raw.elements(read.dtype, length))
+        source, offset = self._inputs[tensor.input], tensor.tensor.offset + start * tensor.dtype.itemsize
+
+        def read(data: memoryview) -> None:
+            source.read_into(data, offset)
+            if hasher:
+                hasher.update(data)
+
+        self._memory.load(read, tensor.dtype, length, into, at)
 
     def _store(self, tensor: PlannedTensor, values: Tensor, start: int, hasher: LeafHasher | None) -> None:
         """Check a chunk of the result, round it once, write it."""
@@ -194,9 +227,7 @@ class Worker:
         low, high = torch.aminmax(values)
         if not max(-float(low), float(high)) < dtype.overflow:  # NaN compares as out of range, too
             values = self._out_of_range(tensor, values)
-        length = values.numel()
-        self._rounded.elements(dtype, length).copy_(values)
-        self._emit(tensor, self._rounded.bytes[: length * dtype.itemsize], start * dtype.itemsize, hasher)
+        self._emit(tensor, self._memory.rounded(values, dtype), start * dtype.itemsize, hasher)
 
     def _out_of_range(self, tensor: PlannedTensor, values: Tensor) -> Tensor:
         """Note NaN, Inf and overflow of a chunk; clamp what is finite, if the recipe says so."""
@@ -246,10 +277,25 @@ class Worker:
         self._keep_made(written, task.tensor, task.start * task.tensor.info.dtype.itemsize)
 
 
-def _applied(node: Expression, sources: list[Tensor], out: Tensor | None) -> Tensor:
+def _numel(node: Expression) -> int:
+    return math.prod(node.shape)
+
+
+def _piece(whole: Tensor, start: int, padded: int, target: Tensor) -> Tensor:
+    """`padded` elements of a held tensor; at its end, where there are not so many, a copy with zeros."""
+    piece = whole[start : start + padded]
+    if piece.numel() == padded:
+        return piece
+    target.zero_()
+    target[: piece.numel()] = piece
+    return target
+
+
+def _applied(node: Expression, sources: list[Tensor], start: int, out: Tensor | None) -> Tensor:
+    """A node's value for the elements from `start` on, from its operands' values."""
     match node:
         case Apply():
-            result: Tensor = node.operation.function(*sources, **dict(node.parameters), out=out)
+            result: Tensor = node.operation.apply(sources, node.keywords(start), out)
             return result
         case FirstChannels():
             return sources[0][:, : node.channels].contiguous()

@@ -102,7 +102,7 @@ def hash_file_tensors(
     raises (a cancel) ends the work. Raises InputChanged if the file changes meanwhile.
     """
     tensors = _chosen(model, names)
-    file = InputFile(model.path, model.state)
+    file = InputFile.of(model)
     try:
         leaves = _digests(file, tensors, threads or default_threads(), on_bytes)
         file.check_unchanged()

@@ -168,7 +168,7 @@ def _tensor(name: str, entry: object, start: int, path: Path) -> TensorInfo:
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > MAX_RANK:
         _refuse_numbers(name, shape, offsets, path)
     begin, end = offsets
-    nbytes = _byte_count(shape, dtype.itemsize)
+    nbytes = byte_count(shape, dtype.itemsize)
     if nbytes is None:
         _bad(f"The tensor's shape {_seen(shape)} is larger than any file can be.", path, name)
     if end - begin != nbytes:
@@ -191,7 +191,7 @@ def _are_sizes(values: object) -> bool:
     return True
 
 
-def _byte_count(shape: Iterable[int], itemsize: int) -> int | None:
+def byte_count(shape: Iterable[int], itemsize: int) -> int | None:
     """The bytes that a tensor takes; None where some product of its dimensions overflows.
 
     Dimensions beside a zero count too: torch computes strides from them.
@@ -292,7 +292,7 @@ def _ranges(entries: Sequence[tuple[str, Dtype, tuple[int, ...]]]) -> tuple[dict
         if name == METADATA or name in ranges:
             reason = "is the format's own" if name == METADATA else "occurs twice"
             raise UsageError(f"A tensor cannot be written under this name: it {reason}.", key=name, hint="rename it")
-        nbytes = _byte_count(shape, dtype.itemsize)
+        nbytes = byte_count(shape, dtype.itemsize)
         if nbytes is None or min(shape, default=0) < 0 or end + nbytes >= MAX_NUMBER or len(shape) > MAX_RANK:
             raise UsageError(f"A tensor of shape {_seen(list(shape))} cannot be written.", key=name)
         ranges[name] = (end, nbytes)

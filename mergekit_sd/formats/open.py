@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from mergekit_sd.errors import InputError, MissingInput, UnreadableInput, WrongFormat
+from mergekit_sd.formats.pickles.torch_legacy import read_torch_legacy
+from mergekit_sd.formats.pickles.torch_zip import read_torch_zip
 from mergekit_sd.formats.reading import InputFile, file_state
 from mergekit_sd.formats.safetensors import read_safetensors
-from mergekit_sd.formats.sniff import EMPTY, HEAD_BYTES, SAFETENSORS, TORCH_PICKLE, TORCH_ZIP, UNKNOWN, sniff
+from mergekit_sd.formats.sniff import EMPTY, HEAD_BYTES, SAFETENSORS, TORCH_PICKLE, TORCH_ZIP, UNKNOWN, ZIP, sniff
 from mergekit_sd.formats.tensor import ModelFile, TensorInfo
 from mergekit_sd.text import did_you_mean, shown
 
@@ -31,8 +33,10 @@ _PERMISSIONS = "check the permissions of the file and of the folders above it"
 # What `sniff` says a file is, and what reads it.
 READERS: Mapping[str, Callable[[InputFile], ModelFile]] = {
     SAFETENSORS.kind: read_safetensors,
+    TORCH_ZIP.kind: read_torch_zip,
+    ZIP.kind: read_torch_zip,  # packed again, its members may lie in any order
+    TORCH_PICKLE.kind: read_torch_legacy,
 }
-_PICKLES = frozenset({TORCH_ZIP.kind, TORCH_PICKLE.kind})
 # Too little to tell by content: the suffix decides whose words the refusal has.
 _SHAPELESS = frozenset({EMPTY.kind, UNKNOWN.kind})
 
@@ -46,10 +50,8 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         if reader is None and content.kind in _SHAPELESS and file.path.suffix.lower() == ".safetensors":
             reader = read_safetensors
         if reader is None:
-            hint = content.hint
-            if content.kind in _PICKLES:
-                hint = "reading pickles is not in this version yet: convert it to .safetensors"
-            raise WrongFormat(f"This is {content.words}; no model can be read from it.", file=file.path, hint=hint)
+            message = f"This is {content.words}; no model can be read from it."
+            raise WrongFormat(message, file=file.path, hint=content.hint)
         return reader(file)
     finally:
         file.close()
@@ -79,7 +81,7 @@ def read_head(file: InputFile) -> bytes:
 
 def read_bytes(model: ModelFile, tensor: TensorInfo) -> bytes:
     """All bytes of one (small) tensor. Raises InputChanged if the file is not as it was opened."""
-    file = InputFile(model.path, model.state)
+    file = InputFile.of(model)
     try:
         data = bytearray(tensor.nbytes)
         file.read_into(memoryview(data), tensor.offset)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_sd.errors import InputChanged, UnreadableInput
-from mergekit_sd.formats.tensor import FileState
+from mergekit_sd.formats.tensor import FileState, ModelFile, View
+from mergekit_sd.formats.views import Views
 
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -53,11 +55,15 @@ def file_state(status: os.stat_result) -> FileState:
 
 
 class InputFile:
-    """An input that is read by position. Short reads and errors name the file."""
+    """An input that is read by position. Short reads and errors name the file.
 
-    def __init__(self, path: Path, state: FileState) -> None:
+    Offsets beyond its end are those of its `views`.
+    """
+
+    def __init__(self, path: Path, state: FileState, views: Sequence[View] = ()) -> None:
         self.path = path
         self.state = state
+        self._views = Views(views, path) if views else None
         try:
             self._file = Positional(os.open(path, _READ_FLAGS))
         except OSError as error:
@@ -66,6 +72,11 @@ class InputFile:
             self.close()
             raise self._changed()
 
+    @classmethod
+    def of(cls, model: ModelFile) -> InputFile:
+        """The file of a model, to read its tensors. Raises InputChanged if it is not as it was opened."""
+        return cls(model.path, model.state, model.views)
+
     @property
     def descriptor(self) -> int:
         """The open descriptor, for kernel copies."""
@@ -73,6 +84,9 @@ class InputFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes at `offset`. Raises InputChanged if the file ends before."""
+        if self._views and offset >= self.state.size:
+            self._views.read_into(buffer, offset, self.read_into)
+            return
         done = 0
         while done < len(buffer):
             try:

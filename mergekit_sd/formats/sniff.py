@@ -34,7 +34,11 @@ UNKNOWN = Content("unknown", "of a format that is not known here", f"check where
 ZEROS = Content("zeros", "a file that begins with nothing but zeros", f"the download never finished: {_AGAIN}")
 TORCH_ZIP = Content("torch-zip", "a PyTorch checkpoint (a zip holding a pickle, as .ckpt and .pt are)", "")
 TORCH_PICKLE = Content("torch-pickle", "a PyTorch checkpoint of the old kind (a bare pickle)", "")
-TAR = Content("tar", "a tar archive (or a PyTorch file from before 2018)", _UNPACK)
+TAR = Content(
+    "tar",
+    "a tar archive (or a PyTorch file from before 2018)",
+    f"{_UNPACK}; a PyTorch file: load it with torch.load, and save it again with torch.save",
+)
 
 _HTML = Content("html", "an HTML page", f"the download failed or needs a login; {_AGAIN}")
 _XML = Content("xml", "an XML text", f"probably a server's error message; {_AGAIN}")
@@ -42,7 +46,7 @@ _LFS = Content("git-lfs", "a git-lfs pointer, not the file itself", "fetch the f
 _JSON = Content("json", "a JSON text", f"{_NO_MODEL}; if this was a download, it holds the server's error message")
 _TOML = Content("toml", "a TOML text, perhaps a recipe", _NO_MODEL)
 _TEXT = Content("text", "a plain text", f"{_NO_MODEL}; if this was a download, it holds the server's error message")
-_ZIP = Content("zip", "a zip archive", _UNPACK)
+ZIP = Content("zip", "a zip archive", _UNPACK)
 
 _SIGNATURES: tuple[tuple[bytes, Content], ...] = (
     (b"GGUF", Content("gguf", "a GGUF file", "get the model as .safetensors: quantised GGUF is not read here")),
@@ -57,7 +61,7 @@ _SIGNATURES: tuple[tuple[bytes, Content], ...] = (
     (b"%PDF-", Content("pdf", "a PDF document", _NO_MODEL)),
     (b"\x89HDF\r\n\x1a\n", Content("hdf5", "an HDF5 file (Keras)", "get the model as .safetensors")),
     (b"\x93NUMPY", Content("npy", "a NumPy array", _NO_MODEL)),
-    (b"PK\x05\x06", _ZIP),
+    (b"PK\x05\x06", ZIP),
 )
 
 _TEXTS: tuple[tuple[re.Pattern[str], Content], ...] = (
@@ -76,7 +80,7 @@ def sniff(head: bytes) -> Content:
     if looks_like_safetensors(head):  # first: its length may begin with any two bytes of another signature
         return SAFETENSORS
     if head.startswith(b"PK\x03\x04"):
-        return TORCH_ZIP if _is_torch_zip(head) else _ZIP
+        return TORCH_ZIP if _is_torch_zip(head) else ZIP
     for signature, content in _SIGNATURES:
         if head.startswith(signature):
             return content

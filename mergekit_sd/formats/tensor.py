@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 from mergekit_sd.formats.dtypes import Dtype
 
@@ -35,11 +36,30 @@ class FileState:
     mtime_ns: int
 
 
+ReadInto: TypeAlias = Callable[[memoryview, int], None]  # fill a buffer with the bytes at an offset
+
+
+class View(Protocol):
+    """Bytes that are made when they are read: `nbytes` of them from `start` on, beyond the end of the file."""
+
+    @property
+    def start(self) -> int:
+        """The offset that stands for the first of them."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many they are."""
+
+    def make(self, read: ReadInto) -> memoryview:
+        """All of them; `read` reads the file."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFile:
     """A model file whose header has been read and checked.
 
-    `tensors` keeps the header's order. `format` is the container: "safetensors" (others later).
+    `tensors` keeps the header's order. `format` is the container: "safetensors" or "pickle". `views`
+    are the tensors that do not lie in the file as they are, `notes` what people may want to know of it.
     """
 
     path: Path
@@ -47,3 +67,5 @@ class ModelFile:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     state: FileState
+    views: tuple[View, ...] = ()
+    notes: tuple[str, ...] = ()

@@ -133,8 +133,8 @@ class OutputFile:
 
     def _copy_in_kernel(self, source: InputFile, source_offset: int, offset: int, length: int) -> int:
         """How many bytes the kernel copied; after an error none, and the buffered copy tells whose fault it is."""
-        if not hasattr(os, "copy_file_range"):
-            return 0
+        if source_offset >= source.state.size or not hasattr(os, "copy_file_range"):
+            return 0  # beyond the file's end lie its views, which the kernel does not know
         try:
             return os.copy_file_range(source.descriptor, self._file.descriptor, length, source_offset, offset)
         except OSError:

@@ -289,8 +289,8 @@ def _distances(
             raise Cancelled
 
     with (
-        closing(InputFile(models[0].path, models[0].state)) as file_a,
-        closing(InputFile(models[1].path, models[1].state)) as file_b,
+        closing(InputFile.of(models[0])) as file_a,
+        closing(InputFile.of(models[1])) as file_b,
     ):
         tasks = batches(steps, lambda step: step.nbytes)
         in_parallel(tasks, lambda: _comparer(file_a, file_b), take, default_threads())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from mergekit_sd.architectures import Layout, Role
-from mergekit_sd.errors import MalformedFile, MissingTensors, WrongFormat
+from mergekit_sd.errors import ForbiddenCall, MalformedFile, MissingTensors, WrongFormat
 from mergekit_sd.formats.dtypes import F16
 from mergekit_sd.formats.hashing import (
     LEAF,
@@ -70,7 +70,7 @@ def identify(path: str | os.PathLike[str], on_bytes: OnBytes | None = None) -> I
     hashes = file_hashes(path, on_bytes)
     try:
         model = open_model(path)
-    except (WrongFormat, MalformedFile) as error:
+    except (WrongFormat, MalformedFile, ForbiddenCall) as error:
         return Identity(hashes, None, no_content=error.message)
     claimed = model.metadata.get("sshs_model_hash")
     return Identity(hashes, hash_file_tensors(model, on_bytes=on_bytes), claimed_v3=claimed)
@@ -105,7 +105,7 @@ def weights_hashes(
     """
     chosen = _weights(model, layout, components)
     tensors = sorted((tensor for _, _, tensor in chosen), key=lambda tensor: tensor.offset)
-    file = InputFile(model.path, model.state)
+    file = InputFile.of(model)
     try:
         leaves = _digests(file, tensors, threads or default_threads(), on_bytes)
         file.check_unchanged()

@@ -47,7 +47,8 @@ class Inspection:
     """What `inspect` tells of a file.
 
     `bytes` is the size of all tensors, `file_bytes` that of the file. `title` says the architecture
-    in words. `weights_hashes` and `identity` are there only with hashes, `nonfinite` only with a scan.
+    in words, `notes` what else the file holds. `weights_hashes` and `identity` are there only with
+    hashes, `nonfinite` only with a scan.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Inspection:
     roles: Mapping[Role, Share]
     position_ids: PositionIds | None
     metadata: Mapping[str, str]
+    notes: tuple[str, ...]
     weights_hashes: Mapping[str, str] | None
     identity: Identity | None
     nonfinite: Mapping[str, int] | None
@@ -104,6 +106,7 @@ class Inspection:
             "prunable": self.prunable,
             "position_ids": self.position_ids and self.position_ids.as_json(),
             "metadata": dict(self.metadata),
+            "notes": list(self.notes),
             "hashes": self.identity and self.identity.as_json(),
         }
         return report if self.nonfinite is None else {**report, "nonfinite": dict(self.nonfinite)}
@@ -138,6 +141,7 @@ def inspect_file(
         roles=_roles(model, layout),
         position_ids=position_ids(model, layout),
         metadata=dict(model.metadata),
+        notes=model.notes,
         weights_hashes=weights_hashes(model, layout, on_bytes=on_bytes) if hashes else None,
         identity=identify(path, on_bytes) if hashes else None,
         nonfinite=nonfinite_values(model, on_bytes=on_bytes) if scan else None,

@@ -22,7 +22,7 @@ def nonfinite_values(
     """How many values of each tensor are NaN or Inf; tensors with none are left out."""
     found: dict[str, int] = {}
     floats = sorted((t for t in model.tensors.values() if t.dtype.is_float), key=lambda tensor: tensor.offset)
-    file = InputFile(model.path, model.state)
+    file = InputFile.of(model)
 
     def keep(batch: list[Piece], counts: Sequence[int]) -> None:
         for piece, count in zip(batch, counts, strict=True):

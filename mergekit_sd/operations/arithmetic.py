@@ -5,9 +5,20 @@ Each function takes float32 tensors of one shape and returns a float32 tensor of
 Annotations are evaluated (no `from __future__ import annotations` here): they are the schema.
 """
 
+from typing import Annotated
+
 from mergekit_sd.lazy import torch
 from mergekit_sd.operations.registry import operation
-from mergekit_sd.operations.types import Delta, Factor, Out, PerBlock, Same, Weight
+from mergekit_sd.operations.types import ChoiceKind, Delta, Factor, Out, PerBlock, Same, Weight
+
+TORCH_NAMES = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8_e4m3fn": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+DTYPES = tuple(TORCH_NAMES)
 
 
 @operation(
@@ -79,3 +90,17 @@ def add(a: Same, b: Delta, *, out: Out = None) -> Same:
 def scale(a: Same, *, alpha: Factor = 1.0, out: Out = None) -> Same:
     """A model's or a delta's values times alpha; any number is allowed."""
     return torch.mul(a, alpha, out=out)
+
+
+@operation(
+    "plain arithmetic",
+    "a rounded to dtype",
+    also=("cast (sd-mecha)", "convert precision"),
+)
+def cast(a: Same, *, dtype: Annotated[str, ChoiceKind(DTYPES)], out: Out = None) -> Same:
+    """The values rounded to a dtype, which `dtype = "keep"` in an output then writes.
+
+    An output's own dtype rounds once, at the end; this rounds on the way.
+    """
+    rounded = a.to(getattr(torch, TORCH_NAMES[dtype]))
+    return rounded.float() if out is None else out.copy_(rounded)

@@ -16,11 +16,12 @@ from mergekit_sd.formats.header import Header, build_header
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import check_folder, check_target
-from mergekit_sd.planning.expression import Constant, Expression, Read, inputs_of
+from mergekit_sd.planning.expression import Constant, Expression, Read, reads_of
 from mergekit_sd.planning.metadata import build_metadata
-from mergekit_sd.planning.models import Model, StepReport, apply_step, model_of_file, with_markers
+from mergekit_sd.planning.models import Model, StepReport, model_of_file, with_markers
 from mergekit_sd.planning.outputs import Draft, draft_tensors
 from mergekit_sd.planning.paths import check_apart, check_new, resolve_inputs, resolve_outputs
+from mergekit_sd.planning.planned import follow_step
 from mergekit_sd.planning.prediction import file_prediction, output_prediction
 from mergekit_sd.planning.vae import mixed_vaes
 from mergekit_sd.planning.values import How, Input, MetadataStyle, Plan, PlannedOutput, PlannedTensor
@@ -109,10 +110,11 @@ def _follow_steps(
     mixed: dict[str, str] = {}
     for name in steps:
         step = recipe.steps[name]
-        operands = {operand.name: models[step.operands[operand.name]] for operand in step.operation.operands}
-        models[name], report = apply_step(step, operands)
+        operands = {label: models[source] for label, source in step.operands.items()}
+        models[name], report = follow_step(step, operands, recipe.seed)
         reports.append(report)
-        pair = mixed_vaes(models[name], step.operation.mixed_operands, operands, list(inputs.values()))
+        whole = [label for label, model in operands.items() if model.space == "weight"]
+        pair = mixed_vaes(models[name], step.operation.mixed_operands(whole), operands, list(inputs.values()))
         if pair:
             mixed[name] = (
                 f'step "{name}" mixes the different VAEs of "{pair[0]}" and "{pair[1]}", which can turn pictures '
@@ -128,7 +130,7 @@ def _plan_output(
     spec = recipe.outputs[name]
     model = models[spec.model]
     places = model.layout.places
-    unets = {n for key, e in model.tensors.items() if places[key].component == "unet" for n in inputs_of(e)}
+    unets = {read.input for key, e in model.tensors.items() if places[key].component == "unet" for read in reads_of(e)}
     if unets and model.origin not in unets:
         model = with_markers(model, models[list(inputs)[min(unets)]])
     drafts, dropped = draft_tensors(recipe, spec, model, models[spec.vae] if spec.vae else None)

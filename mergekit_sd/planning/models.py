@@ -6,15 +6,19 @@ copies; the inpainting rule. Must not know outputs, torch, or how expressions ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from mergekit_sd.architectures import Layout, Role, ema_name
 from mergekit_sd.errors import FamilyMismatch, MissingTensors, ShapeMismatch
+from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
 from mergekit_sd.formats.tensor import ModelFile
 from mergekit_sd.operations import Operation
-from mergekit_sd.operations.types import Space
-from mergekit_sd.planning.expression import Apply, Expression, FirstChannels, Read, RestChannels
+from mergekit_sd.operations.draws import Draw
+from mergekit_sd.operations.types import Key, Space
+from mergekit_sd.planning.expression import Apply, Expression, FirstChannels, Read, RestChannels, Survey
 from mergekit_sd.recipe.load import ModelRef, Step
 from mergekit_sd.text import count, listed
 
@@ -47,19 +51,23 @@ class Model:
 class StepReport:
     """What a step does, for `plan` and for the report of a run.
 
-    `weights`: for each parameter, each block's (or component's) least and greatest value.
+    `operands`: names by label. `weights`: for each parameter, each block's (or component's) least and greatest value.
+    `settings`: the parameters that are the same for all tensors.
     `kept` are missing from another operand and stay as they are; `dropped` are only elsewhere.
+    `removed`: what surgery took out, by what it was ("junk", "ema", …).
     """
 
     name: str
     operation: str
     operands: Mapping[str, str]
     weights: Mapping[str, Mapping[str, tuple[float, float]]]
+    settings: Mapping[str, Any]
     merged: int
     folded: int
     carried: int
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
+    removed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def model_of_file(number: int, ref: ModelRef, file: ModelFile, layout: Layout) -> Model:
@@ -67,18 +75,30 @@ def model_of_file(number: int, ref: ModelRef, file: ModelFile, layout: Layout) -
     tensors: dict[str, Expression] = {
         layout.canonical[name]: Read(number, tensor) for name, tensor in file.tensors.items()
     }
-    if ref.weights == "ema":
-        unet = [name for name in tensors if layout.places[name].component == "unet"]
-        missing = [name for name in unet if ema_name(name) not in tensors]
-        if missing or not unet:
-            raise MissingTensors(
-                f"It has no EMA weights for {count(len(missing), 'tensor')} of its UNet.",
-                file=file.path,
-                hint='leave out weights = "ema" for this model',
-                details=missing,
-            )
-        tensors.update({name: tensors[ema_name(name)] for name in unet})
-    return Model(ref.name, "weight", layout, tensors, number)
+    model = Model(ref.name, "weight", layout, tensors, number)
+    return with_ema(model, file.path) if ref.weights == "ema" else model
+
+
+def with_ema(model: Model, path: Path | None = None) -> Model:
+    """The model with its EMA weights as the UNet; the copies stay. Raises MissingTensors where one is missing."""
+    used = {name: model.tensors[copy] for name, copy in ema_pairs(model, path).items()}
+    return replace(model, tensors={**model.tensors, **used})
+
+
+def ema_pairs(model: Model, path: Path | None = None) -> dict[str, str]:
+    """Each weight of the UNet with the name of its EMA copy. Raises MissingTensors where one is missing."""
+    places = model.layout.places
+    unet = [n for n in model.tensors if places[n].component == "unet" and places[n].role == Role.weight]
+    pairs = {name: ema_name(name) for name in unet}
+    missing = [name for name, copy in pairs.items() if copy not in model.tensors]
+    if missing or not unet:
+        raise MissingTensors(
+            f'"{model.name}" has no EMA weights for {count(len(missing), "tensor")} of its UNet.',
+            file=path,
+            hint="take a checkpoint that holds its EMA weights (pruned ones do not), or do without them",
+            details=missing,
+        )
+    return pairs
 
 
 def with_markers(model: Model, source: Model) -> Model:
@@ -90,15 +110,16 @@ def with_markers(model: Model, source: Model) -> Model:
     return replace(model, tensors=own | markers, layout=layout)
 
 
-def apply_step(step: Step, operands: Mapping[str, Model]) -> tuple[Model, StepReport]:
-    """Apply a step to its operands, by operand name in the operation's order."""
-    operation = step.operation
+def apply_step(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[Model, StepReport]:
+    """Apply a step to its operands, by operand label in the step's order. `seed`: the recipe's."""
     first, *others = operands.values()
-    _check_families(operands)
+    check_families(operands)
     mergeable = first.mergeable()
     _check_common(operands, mergeable)
-    weights = {name: spec.resolve(first.layout, mergeable) for name, spec in step.parameters.items()}
-    space = _result_space(operation, operands)
+    seed = seed if step.seed is None else step.seed
+    weights = {label: spec.resolve(first.layout, mergeable, seed) for label, spec in step.parameters.items()}
+    survey = Survey(step.name, step.operation) if step.operation.survey else None
+    space = _result_space(step.operation, operands)
     work = set(mergeable)
     tensors: dict[str, Expression] = {}
     kept: list[str] = []
@@ -106,38 +127,68 @@ def apply_step(step: Step, operands: Mapping[str, Model]) -> tuple[Model, StepRe
     for name, expression in first.tensors.items():
         values = [expression, *(other.tensors[name] for other in others if name in other.tensors)]
         if name in work and len(values) == len(operands):
-            numbers = {parameter: resolved[name] for parameter, resolved in weights.items()}
-            tensors[name] = _fused(name, operation, operands, values, numbers)
+            key = key_of(first, name)
+            context = {"key": key, "draw": Draw(seed, name), "survey": survey}
+            given = {what: context[what] for what in step.operation.context}
+            tensors[name] = _fused(name, step, operands, values, _parameters(step, weights, name), given, key)
             folded += tensors[name] in values
         else:
             if name in work:
                 kept.append(name)
             if space == "weight" or first.space == "delta":
                 tensors[name] = expression
-    dropped = {
-        n: None for o in others for n in o.tensors if n not in first.tensors and o.layout.places[n].role != Role.ema
-    }
     report = StepReport(
         step.name,
-        operation.name,
+        step.operation.name,
         dict(step.operands),
-        {name: _by_block(first.layout, resolved) for name, resolved in weights.items()},
+        {label: _by_block(first.layout, resolved) for label, resolved in weights.items()},
+        step.settings,
         merged=len(mergeable) - len(kept) - folded,
         folded=folded,
         carried=len(first.tensors) - len(mergeable),
         kept=tuple(kept),
-        dropped=tuple(dropped),
+        dropped=dropped_names(first, others),
     )
     return Model(step.name, space, first.layout, tensors, first.origin), report
+
+
+def key_of(model: Model, name: str) -> Key:
+    """What an operation may know of a tensor beside its values."""
+    place, architecture = model.layout.places[name], model.layout.architecture
+    if architecture is None:
+        return Key(name)
+    prefix = architecture.components.get(place.component or "", "")
+    return Key(name.removeprefix(prefix), architecture.family, place.component, place.block)
+
+
+def dropped_names(first: Model, others: Iterable[Model]) -> tuple[str, ...]:
+    """The tensors that only other operands have; EMA weights, which are never merged, do not count."""
+    only = (n for o in others for n in o.tensors if n not in first.tensors and o.layout.places[n].role != Role.ema)
+    return tuple(dict.fromkeys(only))
+
+
+def _parameters(step: Step, weights: Mapping[str, Mapping[str, float]], name: str) -> dict[str, Any]:
+    """The operation's parameters for one tensor: numbers, a tuple where each model has its own, settings."""
+    found: dict[str, Any] = {}
+    for parameter in step.operation.parameters:
+        if parameter.name in step.settings:
+            found[parameter.name] = step.settings[parameter.name]
+        elif parameter.name in weights:
+            found[parameter.name] = weights[parameter.name][name]
+        else:
+            labels = [label for label in weights if label.startswith(f"{parameter.name}.")]
+            found[parameter.name] = tuple(weights[label][name] for label in labels)
+    return found
 
 
 def _result_space(operation: Operation, operands: Mapping[str, Model]) -> Space:
     if operation.result != "same":
         return operation.result
-    return next(operands[operand.name].space for operand in operation.operands if operand.space == "same")
+    return next(model.space for label, model in operands.items() if operation.operand(label).space == "same")
 
 
-def _check_families(operands: Mapping[str, Model]) -> None:
+def check_families(operands: Mapping[str, Model]) -> None:
+    """Raises FamilyMismatch for SD1 with SDXL and the like."""
     first, *others = operands.values()
     for other in others:
         mine, its = first.layout.architecture, other.layout.architecture
@@ -162,28 +213,39 @@ def _check_common(operands: Mapping[str, Model], mergeable: list[str]) -> None:
 
 def _fused(
     name: str,
-    operation: Operation,
+    step: Step,
     operands: Mapping[str, Model],
     values: list[Expression],
-    numbers: dict[str, float],
+    parameters: dict[str, Any],
+    context: dict[str, Any],
+    key: Key,
 ) -> Expression:
     """The operation on one tensor's expressions, folded to an operand where it equals one."""
-    first = values[0]
-    folds_to = operation.folds_to(numbers)
+    operation, first = step.operation, values[0]
+    folds_to = operation.folds_to(parameters, key)
     position = list(operands).index(folds_to) if folds_to else None
     if position == 0:
         return first
-    narrow = _narrowed_channels(name, operands, values)
+    narrow = narrowed_channels(name, operands, values)
     if narrow:
-        values = [v if v.shape[1] == narrow else FirstChannels(v, narrow, v.dtype) for v in values]
-    parameters = tuple(numbers.items())
-    result: Expression = Apply(operation, tuple(values), parameters, values[0].shape, first.dtype)
+        values = [narrowed(value, narrow) for value in values]
     if position is not None:
         result = values[position]
+    else:
+        dtype = OUTPUT_DTYPES.get(step.settings.get("dtype", ""), first.dtype)
+        result = Apply(operation, tuple(values), parameters, values[0].shape, dtype, context)
+        if operation.survey:
+            context["survey"].operands[name] = result.operands
+            context["survey"].keys[name] = key
     return RestChannels(result, first, first.shape, first.dtype) if narrow else result
 
 
-def _narrowed_channels(name: str, operands: Mapping[str, Model], values: list[Expression]) -> int | None:
+def narrowed(value: Expression, channels: int) -> Expression:
+    """The first `channels` input channels of a tensor, itself if it has no more."""
+    return value if value.shape[1] == channels else FirstChannels(value, channels, value.dtype)
+
+
+def narrowed_channels(name: str, operands: Mapping[str, Model], values: list[Expression]) -> int | None:
     """The inpainting rule: 4 where only the first 4 input channels are merged, None where shapes agree.
 
     Raises ShapeMismatch for every other difference of shape (broadcasting is never meant).

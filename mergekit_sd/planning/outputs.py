@@ -6,24 +6,21 @@ tensors are computed, nor the disk.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mergekit_sd.architectures import Layout, Place, Role
-from mergekit_sd.errors import MissingTensors, ShapeMismatch
-from mergekit_sd.formats.dtypes import F32, I64, OUTPUT_DTYPES, Dtype
-from mergekit_sd.planning.expression import Constant, Expression, Read
+from mergekit_sd.errors import MissingTensors
+from mergekit_sd.formats.dtypes import F32, OUTPUT_DTYPES, Dtype
+from mergekit_sd.planning.expression import Constant, Expression, Read, position_ids
 from mergekit_sd.planning.models import Model
+from mergekit_sd.planning.surgery import taken_from
 from mergekit_sd.recipe.load import OutputSpec, Recipe
-from mergekit_sd.text import count
 
 V_MARKERS = ("v_pred", "ztsnr")
 COPIED_ROLES = (Role.schedule, Role.marker, Role.position_ids)
 # 0.9999 is 1.0 in float16: the EMA's own numbers keep their dtype.
 EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
-VAE_PREFIX = "first_stage_model."
-NOT_VAE = ("loss", "model_ema.")
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,16 @@ def draft_tensors(
             dropped.setdefault(reason, []).append(name)
             continue
         if place.role == Role.position_ids and spec.position_ids == "reset":
-            expression = position_ids(expression.shape)
+            expression = position_ids(expression.shape[-1] if expression.shape else 1)
         drafts[name] = Draft(_dtype(spec, name, place, expression), expression, place)
     if spec.ema == "keep":
         _check_ema_is_fresh(recipe, spec, drafts)
     if vae:
-        _bake(spec, model.layout, vae, drafts)
+        _bake(spec, model, vae, drafts)
     if spec.prediction == "v" and _has_markers(model.layout) and "v_pred" not in drafts:
         place = Place(None, None, Role.marker)
         drafts["v_pred"] = Draft(F32, Constant(F32, (0,), b""), place)
     return drafts, {reason: tuple(names) for reason, names in dropped.items()}
-
-
-def position_ids(shape: tuple[int, ...]) -> Constant:
-    """The ids 0 … n−1 as int64 of shape [1, n]: [1, 77] for every CLIP text encoder."""
-    number = shape[-1] if shape else 1
-    return Constant(I64, (1, number), struct.pack(f"<{number}q", *range(number)))
 
 
 def _has_markers(layout: Layout) -> bool:
@@ -104,30 +95,11 @@ def _check_ema_is_fresh(recipe: Recipe, spec: OutputSpec, drafts: Mapping[str, D
         )
 
 
-def _bake(spec: OutputSpec, layout: Layout, vae: Model, drafts: dict[str, Draft]) -> None:
-    """Replace the VAE's tensors by those of another model; its own extras are left out.
-
-    As in A1111: only where the tensor exists in the checkpoint; `loss*` and `model_ema.*` never.
-    """
-    wanted = {name: draft for name, draft in drafts.items() if draft.place.component == "vae"}
-    if not wanted:
+def _bake(spec: OutputSpec, model: Model, vae: Model, drafts: dict[str, Draft]) -> None:
+    """Replace the VAE's tensors by those of another model; its own extras are left out."""
+    if not any(draft.place.component == "vae" for draft in drafts.values()):
         raise MissingTensors(f'The output "{spec.name}" has no VAE to replace.', hint="leave out `vae` for this output")
-    theirs, mine = vae.layout.prefix_of("vae"), layout.prefix_of("vae")
-    if theirs is None or mine is None:
-        raise MissingTensors(f'"{vae.name}" has no VAE.', hint="`mergekit-sd inspect` tells what a file is")
-    source = {name: theirs + name.removeprefix(mine) for name in wanted}
-    missing = [name for name, there in source.items() if there not in vae.tensors]
-    if missing:
-        raise MissingTensors(
-            f'The VAE "{vae.name}" lacks {count(len(missing), "tensor")}.', hint="take another VAE", details=missing
-        )
-    for name, draft in wanted.items():
-        expression = vae.tensors[source[name]]
-        if expression.shape != draft.expression.shape:
-            raise ShapeMismatch(
-                f'The VAE "{vae.name}" has shape {list(expression.shape)} where the output has '
-                f"{list(draft.expression.shape)}.",
-                key=name,
-                hint="take a VAE of this family",
-            )
-        drafts[name] = Draft(_dtype(spec, name, draft.place, expression), expression, draft.place)
+    for name, expression in taken_from(vae, model, "vae").items():
+        if name in drafts:
+            place = drafts[name].place
+            drafts[name] = Draft(_dtype(spec, name, place, expression), expression, place)

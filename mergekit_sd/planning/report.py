@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mergekit_sd.planning.models import StepReport
@@ -37,17 +38,31 @@ def _step(step: StepReport) -> dict[str, Any]:
     return {
         "name": step.name,
         "op": step.operation,
-        "operands": dict(step.operands),
+        "operands": _operands(step.operands),
+        "settings": dict(step.settings),
         "merged": step.merged,
         "folded": step.folded,
         "carried": step.carried,
         "kept": list(step.kept),
         "dropped": list(step.dropped),
+        "removed": {what: list(names) for what, names in step.removed.items()},
         "weights": {
             name: {block: low if low == high else [low, high] for block, (low, high) in blocks.items()}
             for name, blocks in step.weights.items()
         },
     }
+
+
+def _operands(names: Mapping[str, str]) -> dict[str, str | list[str]]:
+    """The names by operand; those of a list together."""
+    found: dict[str, Any] = {}
+    for label, name in names.items():
+        operand, of_list, _ = label.partition(".")
+        if of_list:
+            found.setdefault(operand, []).append(name)
+        else:
+            found[operand] = name
+    return found
 
 
 def _output(output: PlannedOutput) -> dict[str, Any]:

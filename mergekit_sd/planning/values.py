@@ -10,7 +10,7 @@ from typing import Literal
 
 from mergekit_sd.architectures import Layout
 from mergekit_sd.formats.tensor import ModelFile, TensorInfo
-from mergekit_sd.planning.expression import Expression, Program, Read, compile_expression
+from mergekit_sd.planning.expression import Expression, Program, Read, compile_expression, reads_of
 from mergekit_sd.planning.models import StepReport
 from mergekit_sd.recipe.load import OutputSpec, Recipe
 
@@ -26,6 +26,11 @@ class PlannedTensor:
     how: How
     expression: Expression
     component: str | None
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """The tensors that it is made of, each once."""
+        return reads_of(self.expression)
 
     @cached_property
     def program(self) -> Program:
@@ -79,14 +84,14 @@ class PlannedOutput:
         """What is read of which input: by its number, then by the tensor's name in its file."""
         found: dict[int, dict[str, Read]] = {}
         for tensor in self.tensors:
-            for read in tensor.program.reads:
+            for read in tensor.reads:
                 found.setdefault(read.input, {})[read.tensor.name] = read
         return found
 
     @property
     def read_bytes(self) -> int:
         """Bytes that the pass reads, each tensor of an input once for every tensor made of it."""
-        return sum(read.tensor.nbytes for tensor in self.tensors for read in tensor.program.reads)
+        return sum(read.tensor.nbytes for tensor in self.tensors for read in tensor.reads)
 
 
 @dataclass(frozen=True)

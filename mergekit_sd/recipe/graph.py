@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from mergekit_sd.recipe.formula import space_of
 from mergekit_sd.text import did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def _references(recipe: Recipe) -> Iterator[tuple[KeyPath, str, list[str], str]]
     """Every place that names something: where, the name, what it may name, and that in words."""
     sources = [*recipe.models, *recipe.steps]
     for step in recipe.steps.values():
-        for operand, name in step.operands.items():
-            yield ("steps", step.name, operand), name, sources, "model or step"
+        for label, name in step.operands.items():
+            yield step.path_of(label), name, sources, "model or step"
     for output in recipe.outputs.values():
         yield ("outputs", output.name, "model"), output.model, sources, "model or step"
         if output.vae is not None:
@@ -109,10 +110,10 @@ def _operand_steps(recipe: Recipe, name: str) -> Iterator[str]:
 def _cycle(recipe: Recipe, trail: list[str]) -> Exception:
     cycle = trail[trail.index(trail[-1]) :]
     step = recipe.steps[cycle[0]]
-    operand = next(key for key, name in step.operands.items() if name == cycle[1])
+    label = next(label for label, name in step.operands.items() if name == cycle[1])
     shape = " → ".join(shown(name) for name in cycle)
     return recipe.error(
-        f"Steps need each other in a circle: {shape}.", ("steps", step.name, operand), hint="break it at one operand"
+        f"Steps need each other in a circle: {shape}.", step.path_of(label), hint="break it at one operand"
     )
 
 
@@ -139,17 +140,18 @@ _ADD = 'op = "add" makes a model of a model and a difference'
 
 
 def _space_of(recipe: Recipe, step: Step, space: dict[str, Space]) -> Space:
+    if step.formula:
+        return space_of(step.formula, space, recipe.where(*step.path_of("")))
     same: tuple[str, Space] | None = None
-    for operand in step.operation.operands:
-        name = step.operands[operand.name]
-        path, found = ("steps", step.name, operand.name), space[name]
+    for label, name in step.operands.items():
+        operand, path, found = step.operation.operand(label), step.path_of(label), space[name]
         who = f'"{shown(name)}" is {IN_WORDS[found]}'
         if operand.space != "same" and found != operand.space:
             hint = _ADD if found == "delta" else 'op = "subtract" makes a difference of two models'
             message = f"{who}, but {operand.name} of {step.operation.name} takes {IN_WORDS[operand.space]}."
             raise recipe.error(message, path, hint=hint)
         if operand.space == "same":
-            same = same or (operand.name, found)
+            same = same or (label, found)
             if same[1] != found:
                 message = f"{who}, but {same[0]} is {IN_WORDS[same[1]]}: they must be of one kind."
                 raise recipe.error(message, path, hint=_ADD)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergekit_sd.errors import RecipeError
-from mergekit_sd.operations import OPERATIONS, Operation
+from mergekit_sd.operations import OPERATIONS, Operation, Parameter
+from mergekit_sd.operations.types import NumberKind
+from mergekit_sd.recipe.formula import Sum, parse_formula
 from mergekit_sd.recipe.graph import check_names
 from mergekit_sd.recipe.positions import KeyPath, Positions, Where, dotted
 from mergekit_sd.recipe.read import read_document
@@ -29,7 +31,7 @@ from mergekit_sd.recipe.schema import (
     check_form,
 )
 from mergekit_sd.recipe.weights import BlockWeights, parse_weights
-from mergekit_sd.text import did_you_mean, shown
+from mergekit_sd.text import count, did_you_mean, shown
 
 DEEPEST = 64
 
@@ -46,13 +48,27 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation on models and steps; operands and parameters are in the operation's order."""
+    """One operation on models and steps; operands and parameters are in the operation's order.
+
+    Of a list of models each is an operand of its own, `models.0`, `models.1`, …, and so is the
+    weight of each: `weights.0`, …. `settings` are the parameters that are the same for all tensors.
+    """
 
     name: str
     operation: Operation
     operands: dict[str, str]
     parameters: dict[str, BlockWeights]
+    settings: dict[str, Any] = field(default_factory=dict)
+    formula: Sum | None = None
+    seed: int | None = None
     extrapolate: bool = False
+
+    def path_of(self, label: str) -> KeyPath:
+        """Where an operand is written."""
+        if self.formula:
+            return ("steps", self.name, "expr")
+        name, _, index = label.partition(".")
+        return ("steps", self.name, name, *([int(index)] if index else []))
 
 
 @dataclass(frozen=True)
@@ -175,13 +191,63 @@ def _steps(form: Form, data: Mapping[str, Any], where: Where) -> dict[str, Step]
 def _step(name: str, table: Table, written: Mapping[str, Any], where: Where) -> Step:
     operation = OPERATIONS[written["op"]]
     values = {key: getattr(table, key) for key in type(table).model_fields}
-    extrapolate: bool = values["extrapolate"]
-    parameters = {}
+    formula = parse_formula(values["expr"], where.at("expr")) if "expr" in values else None
+    operands = {name: name for name in formula.names()} if formula else _operands(operation, values)
+    parameters: dict[str, BlockWeights] = {}
+    settings: dict[str, Any] = {}
+    models = sum(label.partition(".")[1] == "." for label in operands)
     for each in operation.parameters:
-        place, value = where.at(each.name), values[each.name]
-        parameters[each.name] = parse_weights(value, where=place, low=each.low, high=each.high, extrapolate=extrapolate)
-    operands = {operand.name: values[operand.name] for operand in operation.operands}
-    return Step(name, operation, operands, parameters, extrapolate)
+        if isinstance(each.kind, NumberKind):
+            parameters |= _weights(each, values[each.name], where.at(each.name), models, values["extrapolate"])
+        else:
+            settings[each.name] = values[each.name]
+    seed, extrapolate = values.get("seed"), values["extrapolate"]
+    return Step(name, operation, operands, parameters, settings, formula, seed, extrapolate)
+
+
+def _operands(operation: Operation, values: Mapping[str, Any]) -> dict[str, str]:
+    operands: dict[str, str] = {}
+    for operand in operation.operands:
+        value = values[operand.name]
+        if operand.many:
+            operands |= {f"{operand.name}.{index}": name for index, name in enumerate(value)}
+        elif value is not None:
+            operands[operand.name] = value
+    return operands
+
+
+def _weights(
+    parameter: Parameter, value: object, where: Where, models: int, extrapolate: bool
+) -> dict[str, BlockWeights]:
+    """A parameter's weights by its name; of one that each model has its own of, by `weights.0`, ….
+
+    There a list has one entry for each model, in any form that a weight takes; all else is for all.
+    """
+    kind = parameter.kind
+    assert isinstance(kind, NumberKind)
+
+    def parsed(value: object, where: Where) -> BlockWeights:
+        return parse_weights(value, where=where, low=kind.low, high=kind.high, extrapolate=extrapolate)
+
+    if not kind.each:
+        return {parameter.name: parsed(value, where)}
+    if isinstance(value, str) and ":" not in value and "," in value:  # pasted, as the blocks' numbers are
+        value = [_number_or_text(part.strip()) for part in value.split(",")]
+    if not isinstance(value, list | tuple):
+        return {f"{parameter.name}.{index}": parsed(value, where) for index in range(models)}
+    if len(value) != models:
+        raise where.error(
+            f"{parameter.name} is a list of {len(value)} for {count(models, 'model')}.",
+            hint="write one number for all, or a list with one entry for each model",
+        )
+    return {f"{parameter.name}.{index}": parsed(each, where.at(index)) for index, each in enumerate(value)}
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _output(name: str, entry: OutputEntry) -> OutputSpec:
@@ -266,7 +332,7 @@ def _put(data: dict[str, Any], path: KeyPath, value: object, key: str) -> KeyPat
         if isinstance(node, dict) and part not in node:
             new = new or path[:number]
             node[part] = {}
-        elif not isinstance(node[part], dict | list):
+        elif not isinstance(node[part], dict | (list if path[0] == "samples" else dict)):
             node[part] = _widened(node[part], path[:number], key)
         node = node[part]
     if not isinstance(node, dict):
@@ -280,10 +346,17 @@ def _widened(value: object, path: KeyPath, key: str) -> dict[str, object]:
     if path[0] == "models" and len(path) == 2:
         return {"file": value}
     if path[0] == "steps" and len(path) == 3 and path[2] != "op":
-        return {"preset" if isinstance(value, str) else "default": value}
+        return {_form_of(value): value}
     if path[0] == "outputs" and path[2:] == ("dtype",):
         return {"default": value}
     raise _bad(key, f"{dotted(path)} is no table; it has no keys.", None)
+
+
+def _form_of(weights: object) -> str:
+    """The key of a table of weights that a short form stands for."""
+    if isinstance(weights, str):
+        return "elemental" if ":" in weights else "weights" if "," in weights else "preset"
+    return "weights" if isinstance(weights, list) else "default"
 
 
 def _bad(key: str, message: str, hint: str | None) -> RecipeError:

@@ -31,15 +31,16 @@ class Rank(IntEnum):
     """How specific a selector is; the higher wins."""
 
     DEFAULT = 0
-    PRESET = 1  # and an array of numbers, which stands alone
+    PRESET = 1  # and a list of numbers, or random ones: what each block has before anything else
     HALF = 2
     COMPONENT = 3
     ENCODER = 4
     RANGE = 5
     BLOCK = 6
     PART = 7
-    GLOB = 8
-    NAME = 9
+    ELEMENTAL = 8
+    GLOB = 9
+    NAME = 10
 
 
 WORDS: dict[str, Rank] = {
@@ -51,6 +52,9 @@ WORDS: dict[str, Rank] = {
     "clip_l": Rank.ENCODER,
     "clip_g": Rank.ENCODER,
 }
+
+# Keys of a table that are no selectors; a tensor may be called "weight" or "seed", so these have no close words.
+FORMS = ("preset", "random", "elemental")
 
 _BLOCK = "(?:IN[0-9]{2}|M[0-9]{2}|OUT[0-9]{2})"
 BLOCKS = re.compile(rf"(?P<first>{_BLOCK})(?:-(?P<last>{_BLOCK}))?(?:\.(?P<part>.+))?", re.DOTALL)
@@ -85,7 +89,7 @@ def read_selector(text: str) -> Selector | str:
         return _block_selector(text, match)
     if any(letter in text for letter in "*?["):
         return Selector(text, Rank.GLOB)
-    if "." not in text and close_to(text, (*WORDS, "preset")):
+    if "." not in text and close_to(text, (*WORDS, *FORMS)):
         return "is not a selector"
     if _ALMOST.fullmatch(text):
         return "is not a block"
@@ -122,8 +126,8 @@ def selector_hint(text: str) -> str:
     if len(ends) == 2 and all(end in SD_BLOCKS for end in ends):
         first, last = sorted(ends, key=SD_BLOCKS.index)
         return f'write "{first}-{last}{text[len("-".join(ends)) :]}"'
-    if close_to(text, (*WORDS, "preset")):
-        return did_you_mean(text, (*WORDS, "preset")) or ""
+    if close_to(text, (*WORDS, *FORMS)):
+        return did_you_mean(text, (*WORDS, *FORMS)) or ""
     return "blocks are IN00 to IN11, M00, OUT00 to OUT11 (SDXL: to IN08 and OUT08)"
 
 

@@ -9,95 +9,38 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     Tag,
     ValidationError,
-    WithJsonSchema,
     create_model,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
-from typing_extensions import TypeAliasType
+from pydantic_core import ErrorDetails
 
-from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
 from mergekit_sd.operations import OPERATIONS
+from mergekit_sd.recipe.fields import (
+    BY_SHAPE,
+    DtypeName,
+    FileName,
+    Name,
+    Pixels,
+    SamplerName,
+    Seed,
+    Sha256,
+    operand_field,
+    parameter_field,
+)
 from mergekit_sd.recipe.positions import KeyPath, Where, described
-from mergekit_sd.recipe.samplers import DEFAULT_SAMPLER, SAMPLERS
-from mergekit_sd.recipe.weights import WEIGHTS_SCHEMA
+from mergekit_sd.recipe.samplers import DEFAULT_SAMPLER
 from mergekit_sd.text import did_you_mean, shown
 
 VERSION = 1
-LARGEST_SEED = 2**63 - 1
-
-# --- what a value may be --------------------------------------------------------------------------
-
-
-def _refuse(message: str, hint: str | None = None) -> PydanticCustomError:
-    return PydanticCustomError("ours", "{say}", {"say": message, "hint": hint})
-
-
-def _checked_name(name: str) -> str:
-    if not name.strip():
-        raise _refuse("A name is empty.", "give it a name")
-    if not name.isprintable():
-        raise _refuse(f'The name "{shown(name)}" holds characters that cannot be seen.', "use letters and digits")
-    return name
-
-
-def _checked_file(text: str) -> str:
-    if not text.isprintable():
-        # `"D:\test"` is TOML: a tab, then "est".
-        raise _refuse("A file's name holds a control character.", f"write '{shown(text)}', in single quotes")
-    return _checked_name(text)
-
-
-def _checked_sha256(text: str) -> str:
-    if re.fullmatch("[0-9a-fA-F]{64}", text):
-        return text.lower()
-    if re.fullmatch("[0-9a-fA-F]{8}|[0-9a-fA-F]{10}", text):
-        raise _refuse("This is the WebUI's short form of a hash.", "write all 64 digits: mergekit-sd hash FILE")
-    raise _refuse("sha256 is 64 hexadecimal digits.", "mergekit-sd hash FILE prints it")
-
-
-def _one_of(noun: str, names: Iterable[str]) -> AfterValidator:
-    """A validator of text that must be one of the names."""
-    known = list(names)
-
-    def check(text: str) -> str:
-        if text not in known:
-            raise _refuse(f'There is no {noun} "{shown(text)}".', did_you_mean(text, known))
-        return text
-
-    return AfterValidator(check)
-
-
-def _enum(names: Iterable[str]) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "enum": list(names)})
-
-
-def _shape(value: object) -> str | None:
-    return "<table>" if isinstance(value, Mapping) else "<text>" if isinstance(value, str) else None
-
-
-_BY_SHAPE = Discriminator(_shape)
-Name = Annotated[str, AfterValidator(_checked_name), Field(min_length=1)]
-FileName = Annotated[str, AfterValidator(_checked_file), Field(min_length=1)]
-Sha256 = Annotated[str, AfterValidator(_checked_sha256), Field(json_schema_extra={"pattern": "^[0-9a-fA-F]{64}$"})]
-_DTYPES = [*OUTPUT_DTYPES, "keep"]
-DtypeName = Annotated[str, _one_of("dtype", _DTYPES), _enum(_DTYPES)]
-SamplerName = Annotated[str, _one_of("sampler", SAMPLERS), _enum(SAMPLERS)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Pixels = Annotated[int, Field(ge=64, le=8192, multiple_of=8)]
-
-Weights = TypeAliasType("Weights", Annotated[Any, WithJsonSchema(WEIGHTS_SCHEMA)])
 
 # --- tables ---------------------------------------------------------------------------------------
 
@@ -131,7 +74,7 @@ class OutputEntry(Table):
 
     model: Name = Field(description="The model or step to write.")
     file: FileName = Field(description="Under the recipe's folder, --output-root, or a registered root.")
-    dtype: Annotated[Annotated[DtypeName, Tag("<text>")] | Annotated[DtypeEntry, Tag("<table>")], _BY_SHAPE] = Field(
+    dtype: Annotated[Annotated[DtypeName, Tag("<text>")] | Annotated[DtypeEntry, Tag("<table>")], BY_SHAPE] = Field(
         "fp16", description="What it is stored as; keep: as the first operand has it."
     )
     overflow: Literal["error", "clamp"] = Field("error", description="When a value does not fit the dtype.")
@@ -164,7 +107,7 @@ class RecipeFile(Table):
     seed: Seed = Field(0, description="For operations that draw random numbers.")
     date: datetime.date | None = Field(None, description="Becomes modelspec.date; without it no date is written.")
     models: dict[
-        Name, Annotated[Annotated[FileName, Tag("<text>")] | Annotated[ModelEntry, Tag("<table>")], _BY_SHAPE]
+        Name, Annotated[Annotated[FileName, Tag("<text>")] | Annotated[ModelEntry, Tag("<table>")], BY_SHAPE]
     ] = Field(min_length=1, description="Every input file, by name.")
     steps: dict[Name, dict[str, Any]] = Field(default={}, description="Operations, by name; order does not matter.")
     outputs: dict[Name, OutputEntry] = Field(default={}, description="The files to write, by name.")
@@ -177,24 +120,19 @@ def step_model(op: str) -> type[Table]:
     operation = OPERATIONS[op]
     fields: dict[str, Any] = {"op": (Literal[op], Field(description=operation.purpose))}
     for operand in operation.operands:
-        kind = {"weight": "A model", "delta": "A difference of models", "same": "A model or a difference"}[
-            operand.space
-        ]
-        fields[operand.name] = (Name, Field(description=f"{kind}: the name of a model or step."))
+        fields[operand.name] = operand_field(operand)
     for parameter in operation.parameters:
-        default = ... if parameter.default is None else parameter.default
-        fields[parameter.name] = (Weights, Field(default, description=_bounds(parameter.low, parameter.high)))
+        fields[parameter.name] = parameter_field(parameter)
+    if operation.seeded:
+        fields["seed"] = (
+            Seed | None,
+            Field(None, description="For its random numbers; the recipe's seed unless given."),
+        )
     fields["extrapolate"] = (bool, Field(False, description="Allow numbers outside the bounds."))
     table: type[Table] = create_model(
         f"Step_{op}", __base__=Table, __doc__=f"{operation.formula}. {operation.summary}", **fields
     )
     return table
-
-
-def _bounds(low: float | None, high: float | None) -> str:
-    if low is None and high is None:
-        return "Per block; any number."
-    return f"Per block; from {'−∞' if low is None else f'{low:g}'} to {'∞' if high is None else f'{high:g}'}."
 
 
 # --- checking -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from mergekit_sd.operations import OPERATIONS
 
 TOP = ("recipe", "title", "seed", "date")
 # Selectors from wide to narrow, as weights rank them; blocks as they lie in the UNet, other selectors last.
-WIDE = ("default", "preset", "unet", "base", "text_encoder", "vae", "clip_l", "clip_g")
+WIDE = ("default", "preset", "weights", "random", "seed", "unet", "base", "text_encoder", "vae", "clip_l", "clip_g")
 BLOCKS = ("IN", "M0", "OU")
 
 
@@ -76,4 +76,4 @@ def _rank(selector: str) -> tuple[int, int, str]:
         return 0, WIDE.index(selector), ""
     if selector[:2] in BLOCKS:
         return 1, BLOCKS.index(selector[:2]), selector
-    return 2, 0, selector
+    return 2, selector != "elemental", selector
