@@ -159,6 +159,11 @@ def test_a_median_that_starts_on_a_model_leaves_it():
     assert abs(float(found[1])) < 1e-6
 
 
+def test_a_median_among_many_is_the_first_on_the_way_from_the_mean():
+    """All from 1 to 1.5 are as good; the mean is 1."""
+    close(merge("geometric_median", [0.0], [1.0], [1.5], [1.5]), [1.0])
+
+
 @settings(max_examples=40)
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
 def test_no_point_is_nearer_to_all_than_the_median(models, size, seed):
@@ -338,6 +343,11 @@ def test_a_weight_below_zero_turns_changes_round():
     close(merge("ties", [2.0], [3.0], [1.0], density=1.0, weights=(1.0, -1.0)), [3.0])
 
 
+def test_a_draw_is_one_whatever_the_weight():
+    """0.1·3 + 0.1·4 − 0.1·7 is no zero in float32."""
+    close(merge("ties", [2.0], [5.0], [6.0], [-5.0], density=1.0, weights=0.1), [2.0])
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e-3, 1e6])
 def test_only_the_weights_proportions_count_in_an_election(size):
     base, *models = (numbers((50,), "normal", seed) for seed in range(4))
@@ -372,8 +382,14 @@ def test_dropped_changes_do_not_count_in_the_mean():
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della"])
 @pytest.mark.parametrize("density", [0.0, 1e-30, 1e-8])
 def test_next_to_no_density_is_the_base(name, density):
-    base, model = numbers((4000,), "normal", 1), numbers((4000,), "normal", 2)
-    close(merge(name, base, model, density=density), base)
+    """Even of what is kept first: no number is scaled up by 1e30."""
+
+    class Lowest(Draw):
+        def uniform(self, like, stream=0):
+            return torch.zeros(like.shape)
+
+    base, model = numbers((40,), "normal", 1), numbers((40,), "normal", 2)
+    close(merge(name, base, model, density=density, draw=Lowest(1, "x")), base)
 
 
 def test_dellas_chance_goes_by_the_rank_in_a_row():
@@ -395,6 +411,8 @@ def test_della_keeps_its_density_where_epsilon_has_no_room():
         made = merge("della", base, model, density=density, epsilon=0.5)
         assert float((made != 0).float().mean()) == pytest.approx(density, abs=0.02)
     assert torch.equal(merge("della", base, model, density=1.0), model)
+    column = merge("della", torch.zeros(20_000, 1), torch.ones(20_000, 1), density=0.5, epsilon=0.4)
+    assert column.unique().tolist() == [0.0, 2.0]
 
 
 def test_sce_by_hand():
