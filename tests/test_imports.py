@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import story
@@ -75,3 +77,12 @@ def test_what_reads_headers_imports_no_torch(tmp_path_factory, tmp_path, monkeyp
     assert "torch" not in found
     assert "textual" not in found
     assert "rich" not in found or arguments[0] in ("plan", "inspect")
+
+
+def test_every_package_is_installed():
+    """An editable install finds what a wheel would miss."""
+    root = Path(__file__).parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {p.parent for p in (root / "mergekit_sd").rglob("*") if p.suffix in (".py", ".toml")}
+    there = {".".join(folder.relative_to(root).parts) for folder in folders}
+    assert set(listed) - {"mergekit_sd.recipes", "mergekit_sd_tui"} == there

@@ -45,6 +45,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "recover": ("provenance", "Get the recipe back out of a merged file."),
         "verify": ("provenance", "Rebuild a file from its recipe and compare."),
     },
+    "Library": {
+        "library": ("library", "Index the models of this machine; find what is there twice."),
+    },
     "Reference": {
         "ops": ("reference", "List the merge operations, or explain one."),
         "presets": ("reference", "List the block weight presets."),

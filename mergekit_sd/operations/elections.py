@@ -157,11 +157,11 @@ def _most_varied(models: Sequence[Tensor], density: float) -> Tensor:
     spread = models[0].new_zeros(models[0].shape)
     if not spread.numel():
         return spread.bool()
-    for into, *pieces in zip(*(torch.split(each.flatten(), PIECE) for each in (spread, *models)), strict=True):
+    for into, *pieces in zip(*(torch.split(each.flatten(), BLOCK) for each in (spread, *models)), strict=True):
         wide = torch.stack(pieces).double()
         # From the first model, so that equal ones are at no distance from their mean.
         wide = wide - wide[0]
-        into.copy_(torch.linalg.vector_norm(wide - wide.mean(dim=0), dim=0))
+        into.copy_((wide - wide.mean(dim=0)).square_().sum(dim=0).sqrt_())
     chosen = largest(spread, density)
     return chosen if density >= 1 else chosen & (spread > 0)
 

@@ -73,7 +73,8 @@ class Stream:
     def _fill(self, count: int) -> None:
         """Have `count` bytes from the position on at the buffer's beginning."""
         if count > self.left:
-            self.refuse(f"The pickle is cut short: at its byte {self.position:,} {count:,} more are needed.")
+            end = "cut short" if self._end < MAX_PICKLE else f"longer than {MAX_PICKLE:,} bytes, or cut short"
+            self.refuse(f"The pickle is {end}: at its byte {self.position:,} {count:,} more are needed.")
         if self._file is None:
             self._buffer, self._begin, self._at = self._buffer[self._at :], self.position, 0
             return

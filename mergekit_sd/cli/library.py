@@ -1,0 +1,363 @@
+"""The commands of the library: scan, folders, list, duplicates, show, rename.
+
+Owns how their reports read. What is in the index, and how it comes there, is `mergekit_sd.library`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path, PurePath
+
+import click
+
+import mergekit_sd as mk
+from mergekit_sd.cli.layout import entry, width
+from mergekit_sd.cli.options import json_option, threads_option
+from mergekit_sd.cli.show import Talk, print_json
+from mergekit_sd.events import CancelToken, Event, Noted, OutputStarted, Progressed
+from mergekit_sd.text import count, shown, size
+
+MOST = 20  # groups, or files that cannot be read, that a report shows; all of them are in the JSON
+MOST_FILES = 10  # of one group
+NARROWEST_NAME = 24
+KINDS = (
+    "checkpoint",
+    "vae",
+    "unet",
+    "text_encoder",
+    "lora",
+    "lycoris",
+    "embedding",
+    "hypernetwork",
+    "controlnet",
+    "unknown",
+    "unreadable",
+)
+PARTS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
+
+_FOLDER = click.Path(path_type=Path)
+_SECONDS = 0.5  # between JSON lines
+_BLINK = 0.1  # seconds between counts on a terminal
+
+
+@click.group("library")
+def library_command() -> None:
+    """Index the models of this machine, and find what is there twice.
+
+    Files whose size, time and place are as they were are never read again.
+    """
+
+
+# --- scan ---------------------------------------------------------------------------------------------
+
+
+@library_command.command("scan")
+@click.argument("folders", type=_FOLDER, nargs=-1, metavar="[DIR…]")
+@click.option(
+    "--hash",
+    "hashes",
+    type=click.Choice(["none", "vae", "all"]),
+    default="all",
+    show_default=True,
+    help="What to hash: nothing, the VAEs' weights, or every tensor.",
+)
+@click.option("--sha256", is_flag=True, help="Make sha256, AutoV1 and AutoV3 of every file, too.")
+@threads_option
+@json_option
+@click.pass_context
+def scan_command(
+    context: click.Context, folders: Sequence[Path], hashes: str, sha256: bool, threads: int | None, as_json: bool
+) -> None:
+    """Bring the index up to date.
+
+    Without a DIR: the folders that `library folders` lists, and those scanned before.
+    """
+    token = context.find_object(CancelToken)
+    with _Watch(as_json) as watch, token.guarded() if token else nullcontext():
+        report = mk.scan_library(
+            folders,
+            hashes=hashes,  # type: ignore[arg-type]
+            sha256=sha256,
+            threads=threads,
+            on_event=watch,
+            cancel=token,
+        )
+    if as_json:
+        print_json(report.as_json())
+    else:
+        _show_scan(report)
+
+
+def _show_scan(report: mk.ScanReport) -> None:
+    news = ((report.new, "new"), (report.changed, "changed"), (report.gone, "gone"))
+    told = ", ".join(f"{number:,} {word}" for number, word in news if number) or "nothing new"
+    click.echo(f"{count(report.files, 'file')} in {count(len(report.folders), 'folder')}: {told}")
+    if report.hashed:
+        click.echo(f"{count(report.hashed, 'file')} hashed, {size(report.hashed_bytes)}; {report.seconds:.1f} s in all")
+    if report.unreadable:
+        click.echo(f"{count(len(report.unreadable), 'file')} cannot be read:")
+        for each in report.unreadable[:MOST]:
+            click.echo(f"  {shown(str(each.path))}\n    {shown(each.error or '')}")
+        _tell_rest(len(report.unreadable) - MOST)
+
+
+class _Watch:
+    """Shows a scan: counts and a bar on a terminal, JSON lines with `--json`."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._talk = Talk(as_json)
+        self._files = 0
+        self._hashing = ""
+        self._last = 0.0
+
+    def __enter__(self) -> _Watch:
+        self._talk.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wipe()
+        self._talk.__exit__()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, mk.FileRead):
+            self._files += 1
+            if not self._as_json and sys.stderr.isatty() and self._is_time(_BLINK):
+                click.echo(f"\r{count(self._files, 'file')} …", nl=False, err=True)
+        elif isinstance(event, mk.HashingProgressed):
+            self._advance(event)
+        elif isinstance(event, mk.HashingStarted) and not self._as_json:
+            self._wipe()
+            self._hashing = f"hashing {count(event.files, 'file')}"
+            self._talk(OutputStarted(self._hashing, "", event.bytes))
+        elif isinstance(event, Noted) or (self._as_json and not isinstance(event, mk.FileHashed)):
+            self._talk(event)
+
+    def _advance(self, event: mk.HashingProgressed) -> None:
+        if not self._as_json:
+            self._talk(Progressed(self._hashing, event.done, event.bytes, event.seconds))
+        elif self._is_time(_SECONDS):
+            self._talk(event)
+
+    def _is_time(self, seconds: float) -> bool:
+        now = time.monotonic()
+        if now - self._last < seconds:
+            return False
+        self._last = now
+        return True
+
+    def _wipe(self) -> None:
+        """Take the count off the terminal."""
+        if self._files and not self._as_json and sys.stderr.isatty():
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+
+# --- folders ------------------------------------------------------------------------------------------
+
+
+@library_command.command("folders")
+@json_option
+def folders_command(as_json: bool) -> None:
+    """List the folders of models that are found, and why.
+
+    Installs of A1111, Forge, ComfyUI and StabilityMatrix at the usual places, what
+    ComfyUI's extra_model_paths.yaml names, and the roots.
+    """
+    found = mk.model_folders()
+    if as_json:
+        print_json({"folders": [folder.as_json() for folder in found]})
+        return
+    if not found:
+        click.echo("None found. Name one: mergekit-sd roots add NAME DIR", err=True)
+    why = None
+    for folder in found:
+        if folder.why != why:
+            why = folder.why
+            click.echo(shown(why))
+        click.echo(f"  {folder.kind or '':14}{shown(str(folder.path))}")
+
+
+# --- list ---------------------------------------------------------------------------------------------
+
+
+@library_command.command("list")
+@click.argument("words", nargs=-1, metavar="[FILTER…]")
+@click.option(
+    "--kind", type=click.Choice(KINDS), metavar="KIND", help="Only one kind: checkpoint, vae, lora, unreadable …"
+)
+@click.option(
+    "--sort", type=click.Choice(["name", "size", "date", "kind"]), default="name", show_default=True, help="The order."
+)
+@json_option
+def list_command(words: Sequence[str], kind: str | None, sort: str, as_json: bool) -> None:
+    """List the models of the index.
+
+    FILTER: words that are all in the path, kind, architecture or title.
+    """
+    found = mk.list_library(words, kind=kind, sort=sort)  # type: ignore[arg-type]
+    if as_json:
+        print_json({"files": [each.as_json() for each in found], "bytes": sum(each.state.size for each in found)})
+        return
+    if not found:
+        click.echo("Nothing found. Scan first: mergekit-sd library scan [DIR…]", err=True)
+        return
+    _show_list(found)
+
+
+def _show_list(found: Sequence[mk.LibraryEntry]) -> None:
+    base = _common_folder(each.path for each in found)
+    rows = [
+        (shown(str(each.path.relative_to(base))), each.what, each.architecture or "", size(each.state.size))
+        for each in found
+    ]
+    kinds, architectures, sizes = (max(len(row[column]) for row in rows) for column in (1, 2, 3))
+    room = max(width() - kinds - architectures - sizes - 6, NARROWEST_NAME)
+    names = [_fitted(row[0], room) for row in rows]
+    room = max(map(len, names))
+    click.echo(f"{shown(str(base))}:")
+    for name, (_, what, architecture, nbytes) in zip(names, rows, strict=True):
+        click.echo(f"{name:{room}}  {what:{kinds}}  {architecture:{architectures}}  {nbytes:>{sizes}}")
+    click.echo(f"{count(len(found), 'file')}, {size(sum(each.state.size for each in found))}")
+
+
+def _common_folder(paths: Iterable[Path]) -> Path:
+    folders = {str(path.parent) for path in paths}
+    try:
+        return Path(os.path.commonpath(folders))
+    except ValueError:  # several drives
+        return Path()
+
+
+def _fitted(name: str, room: int) -> str:
+    """A path that fits: without folders where it must be, the name itself with its beginning and end."""
+    if len(name) <= room:
+        return name
+    parts = PurePath(name).parts
+    tails = (str(PurePath("…", *parts[start:])) for start in range(1, len(parts)))
+    short = next((tail for tail in tails if len(tail) <= room), parts[-1])
+    if len(short) <= room:
+        return short
+    end = room // 2
+    return f"{short[: room - end - 1]}…{short[-end:]}"
+
+
+# --- duplicates ---------------------------------------------------------------------------------------
+
+
+@library_command.command("duplicates")
+@click.argument("folders", type=_FOLDER, nargs=-1, metavar="[DIR…]")
+@json_option
+def duplicates_command(folders: Sequence[Path], as_json: bool) -> None:
+    """Find equal files, and equal VAEs, UNets and text encoders in files that differ.
+
+    By what was scanned with hashes; in every container and dtype. Published VAEs are
+    named where sha256 was scanned.
+    """
+    found = mk.find_duplicates(folders)
+    if as_json:
+        print_json(found.as_json())
+        return
+    if found.files:
+        click.echo(f"Equal files: {size(found.saves)} could be saved")
+        _show_groups(found.files)
+    for component in dict.fromkeys(group.component or "" for group in found.components):
+        groups = [group for group in found.components if group.component == component]
+        click.echo(f"The same {PARTS.get(component, component)} in files that differ:")
+        _show_groups(groups)
+    if not found.files and not found.components:
+        click.echo("Nothing is there twice.")
+    for number, why in ((found.unhashed, "not hashed yet"), (found.changed, "changed since the scan")):
+        if number:
+            click.echo(f"{count(number, 'file')} left out, {why}: mergekit-sd library scan", err=True)
+
+
+def _show_groups(groups: Sequence[mk.DuplicateGroup]) -> None:
+    for group in groups[:MOST]:
+        named = f"{shown(group.name)}: " if group.name else ""
+        what = "in {} files, {} repeated" if group.component else "{} copies, {} could be saved"
+        click.echo(f"  {named}{what.format(group.copies, size(group.repeated))}")
+        for each in group.entries[:MOST_FILES]:
+            click.echo(f"    {shown(str(each.path))}")
+        _tell_rest(len(group.entries) - MOST_FILES, "    ")
+    _tell_rest(len(groups) - MOST)
+
+
+def _tell_rest(number: int, indent: str = "  ") -> None:
+    if number > 0:
+        click.echo(f"{indent}… and {number:,} more (all of them with --json)")
+
+
+# --- show ---------------------------------------------------------------------------------------------
+
+
+@library_command.command("show")
+@click.argument("file", type=_FOLDER)
+@json_option
+def show_command(file: Path, as_json: bool) -> None:
+    """Tell what is known of a model: what it is, what lies beside it, where else its parts are."""
+    found = mk.look_up(file)
+    beside = mk.sidecars(file)
+    others = mk.also_in(found) if found.hashes else {}
+    if as_json:
+        also = {part: [str(each.path) for each in every] for part, every in others.items()}
+        print_json({**found.as_json(), "sidecars": [str(each) for each in beside], "also_in": also})
+        return
+    click.echo(shown(str(file)))
+    for label, text in _facts(found):
+        click.echo(entry(label, shown(text), 18))
+    for part, every in others.items():
+        what = "the same file" if part == "content" else f"the same {PARTS.get(part, part)}"
+        _show_paths(what, (each.path for each in every))
+    _show_paths("beside it", beside)
+
+
+def _facts(found: mk.LibraryEntry) -> Iterable[tuple[str, str]]:
+    yield "is", f"{found.architecture or ''} {found.what}".strip() + f", {found.format}, {size(found.state.size)}"
+    yield "written", f"{found.modified:%Y-%m-%d %H:%M}"
+    for label, text in (("title", found.title), ("trained as", found.trained_as)):
+        if text:
+            yield label, text
+    parts = {**{PARTS.get(name, name): nbytes for name, nbytes in found.components.items()}, "EMA": found.ema}
+    sizes = ", ".join(f"{part} {size(nbytes)}" for part, nbytes in {**parts, "junk": found.junk}.items() if nbytes)
+    if sizes:
+        yield "holds", sizes
+    yield "dtypes", ", ".join(f"{name} {number:,}" for name, number in found.dtypes.items()) or "no tensors"
+    if found.position_ids:
+        yield "position_ids", found.position_ids
+    yield from found.hashes.items()
+
+
+def _show_paths(title: str, paths: Iterable[Path]) -> None:
+    every = list(paths)
+    if every:
+        click.echo(f"  {title}:")
+    for path in every[:MOST_FILES]:
+        click.echo(f"    {shown(str(path))}")
+    _tell_rest(len(every) - MOST_FILES, "    ")
+
+
+# --- rename -------------------------------------------------------------------------------------------
+
+
+@library_command.command("rename")
+@click.argument("file", type=_FOLDER)
+@click.argument("name")
+@json_option
+def rename_command(file: Path, name: str, as_json: bool) -> None:
+    """Give a model another NAME, with its previews, config and notes.
+
+    All or none of them; never over a file.
+    """
+    moves = mk.rename_model(file, name)
+    if as_json:
+        print_json({"renamed": [{"from": str(old), "to": str(new)} for old, new in moves]})
+        return
+    for old, new in moves:
+        click.echo(f"{shown(old.name)} -> {shown(new.name)}")
+    if not moves:
+        click.echo("It has this name already.", err=True)
