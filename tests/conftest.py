@@ -18,8 +18,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "quiet")
 
 @pytest.fixture(autouse=True)
 def _no_user_configuration(tmp_path_factory, monkeypatch):
-    """No test sees the user's roots."""
+    """No test sees the user's roots, nor the user's library."""
     monkeypatch.setenv("MERGEKIT_SD_CONFIG", str(tmp_path_factory.mktemp("config")))
+    monkeypatch.setenv("MERGEKIT_SD_DATA", str(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="session")

@@ -66,8 +66,8 @@ def groups_of(keys: Mapping[str, Key], shapes: Mapping[str, tuple[int, ...]]) ->
     families = {key.family for key in keys.values() if key.family is not None}
     if len(families) != 1 or not families <= set(FAMILIES):
         raise UsageError(
-            "rebasin must know which units of a model belong together, and these are of no model that it knows.",
-            hint=f"It knows whole checkpoints and UNets of {', '.join(FAMILIES)}; weighted_sum mixes any.",
+            "Which units of these models belong together is not known: they are of no family that we know.",
+            hint=f"rebasin and balance_attention take checkpoints and UNets of {', '.join(FAMILIES)}",
         )
     specification = _specification(*families)
     found: dict[str, Group] = {}

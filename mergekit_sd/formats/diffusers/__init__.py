@@ -1,0 +1,1 @@
+"""Diffusers' folders and names."""
