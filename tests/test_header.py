@@ -121,6 +121,12 @@ ENTRY = json.dumps(entry())
         (f'{{"x": {ENTRY}, "a": {ENTRY}, "\\u0061": {ENTRY}}}', "a", "names this tensor twice"),
         ('{"a": {"dtype": "F16", "dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}', "a", "'dtype' twice"),
         ('{"a": {"dtype": "F16", "shape": [2], "shape": [2], "data_offsets": [0, 4]}}', "a", "'shape' twice"),
+        (
+            '{"a": {"dtype": "F16", "shape": [2]}, '
+            '"b": {"dtype": "F16", "shape": [2], "shape": [2], "data_offsets": [0, 4]}}',
+            "a",
+            "lacks data_offsets",
+        ),
         ('{"__metadata__": {"k": "1", "k": "1"}}', None, "'k' twice"),
         ('{"__metadata__": {}, "__metadata__": {}}', None, "__metadata__ twice"),
     ],

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,14 +72,10 @@ def content_hash(entries: Iterable[tuple[str, str, Sequence[int], Sequence[bytes
     )
     whole = xxhash.xxh3_128()
     for name, dtype, shape, leaves in named:
-        record = [_u64(len(name)), name, _u64(len(dtype)), dtype.encode("ascii")]
-        record += [_u64(len(shape)), *map(_u64, shape), _u64(len(leaves)), *leaves]
-        whole.update(b"".join(record))
+        numbers = struct.pack(f"<{len(shape) + 2}Q", len(shape), *shape, len(leaves))
+        sizes = struct.pack("<Q", len(name)), name, struct.pack("<Q", len(dtype))
+        whole.update(b"".join((*sizes, dtype.encode("ascii"), numbers, *leaves)))
     return whole.hexdigest()
-
-
-def _u64(number: int) -> bytes:
-    return number.to_bytes(8, "little")
 
 
 @dataclass(frozen=True, slots=True)
