@@ -14,11 +14,12 @@ from mergekit_sd.errors import InputError, NotWritable, OutputExists, PinMismatc
 from mergekit_sd.events import CancelToken, Listener, Noted, ignore
 from mergekit_sd.execute.run import Made, OutputReport, RunOptions, check_pins, execute
 from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
-from mergekit_sd.formats.hashing import hash_file_tensors
+from mergekit_sd.formats.hashing import FileHashes, OnBytes, hash_file_tensors
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.graph import Node, graph_data, parents
 from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.planning.build import PlanOptions, build_plan, check_targets
+from mergekit_sd.planning.paths import Findings, Sought
 from mergekit_sd.planning.report import plan_as_json
 from mergekit_sd.planning.values import MetadataStyle, Plan, PlannedOutput
 from mergekit_sd.recipe.load import Recipe, load_recipe, recipe_from_data
@@ -82,13 +83,13 @@ def plan(
     `anywhere`: outputs may lie outside the recipe's folder, `output_root` and the roots.
     """
     root = Path(output_root) if output_root else None
-    return build_plan(load(recipe, set), PlanOptions(root, anywhere, metadata))
+    return build_plan(load(recipe, set), PlanOptions(root, anywhere, metadata, find=_find_input))
 
 
 def check_run(plan: Plan, *, force: bool = False) -> None:
     """Raise what a run of this plan would raise before it computes: targets, disk, pins."""
     check_targets(plan, force)
-    check_pins(plan)
+    check_pins(plan, hasher=_file_hashes)
 
 
 def run(
@@ -122,7 +123,7 @@ def run(
         return RunReport(str(checked.path), (), skipped, made.warnings, str(where))
     if skipped:  # the inputs were compared with the lock just now
         options.pop("expected_inputs", None)
-    result = execute(replace(made, outputs=rest), RunOptions(**options), on_event, cancel)
+    result = execute(replace(made, outputs=rest), RunOptions(**options, file_hashes=_file_hashes), on_event, cancel)
     warnings = list(made.warnings)
     if where and not locked:
         try:
@@ -161,7 +162,9 @@ def save(
     """
     recipe = recipe_of(node, path, dtype=dtype, title=title, **output)
     made = plan(recipe, anywhere=True, metadata=metadata)
-    options = RunOptions(force=force, threads=threads, allow_nonfinite=allow_nonfinite, scan=scan)
+    options = RunOptions(
+        force=force, threads=threads, allow_nonfinite=allow_nonfinite, scan=scan, file_hashes=_file_hashes
+    )
     return execute(made, options, on_event, cancel).outputs[0]
 
 
@@ -202,6 +205,18 @@ def save_recipe(recipe: Recipe, path: str | Path, *, force: bool = False) -> Non
 def _beside(file: str, folder: Path) -> str:
     path = Path(file)
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def _find_input(sought: Sought) -> Findings:
+    from mergekit_sd.library.finding import find_input  # here, not above: seldom needed, and a library's worth of time
+
+    return find_input(sought)
+
+
+def _file_hashes(path: Path, on_bytes: OnBytes) -> FileHashes:
+    from mergekit_sd.library.known import known_file_hashes
+
+    return known_file_hashes(path, on_bytes)
 
 
 def _expected(plan: Plan, lock: Lock | None, where: Path | None) -> dict[str, Any]:
@@ -257,7 +272,12 @@ def _used_tensors(plan: Plan) -> dict[int, list[str]]:
 def _lock_of(plan: Plan, made: Made, before: Lock | None) -> Lock:
     """The lock of a run; of one that skipped what was done, the lock `before` and what was made besides."""
     inputs = {
-        source.name: LockedInput(source.file.state.size, made.inputs.get(source.name, ""), made.sha256.get(source.name))
+        source.name: LockedInput(
+            source.file.state.size,
+            made.inputs.get(source.name, ""),
+            made.sha256.get(source.name),
+            made.files.get(source.name),
+        )
         for source in plan.inputs
     }
     outputs = {report.name: LockedOutput(report.bytes, report.content_hash or "") for report in made.outputs}

@@ -18,8 +18,10 @@ from mergekit_sd.foreign import A1111_KEY, DAMAGED, LOOK, NoRecipe, Recovered, m
 from mergekit_sd.formats.hashing import hash_file_tensors
 from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import ModelFile
+from mergekit_sd.library.finding import find_input
 from mergekit_sd.planning.build import PlanOptions, build_plan
 from mergekit_sd.planning.metadata import RECIPE_KEY
+from mergekit_sd.planning.paths import Findings, Sought
 from mergekit_sd.planning.values import MetadataStyle, Plan
 from mergekit_sd.recipe.graph import order
 from mergekit_sd.recipe.load import recipe_from_data
@@ -104,10 +106,17 @@ def _plan_again(found: Recovered, path: Path, models: Path | None) -> Plan:
     search = (*([models] if models else []), path.parent)
     try:
         recipe = recipe_from_data(found.data, folder=path.parent)
-        return build_plan(recipe, PlanOptions(anywhere=True, metadata=style, search=search))
+        options = PlanOptions(anywhere=True, metadata=style, search=search, find=_called_so)
+        return build_plan(recipe, options)
     except MissingInput as error:
         hint = "name the folder that the models are in: --models DIR"
-        raise MissingInput(error.message, file=error.file, key=error.key, hint=hint) from error
+        raise MissingInput(error.message, file=error.file, key=error.key, hint=hint, details=error.details) from error
+
+
+def _called_so(sought: Sought) -> Findings:
+    """Any file of that name in the library will do: its tensors are compared in the end."""
+    found = find_input(sought)
+    return Findings(found.same or found.named)
 
 
 def _check_inputs(plan: Plan, content: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from mergekit_sd.errors import Cancelled, PinMismatch
 from mergekit_sd.events import CancelToken, Listener, Noted, OutputFinished, OutputStarted, Progressed, ignore
@@ -24,8 +25,16 @@ from mergekit_sd.execute.surveys import needed_surveys, survey_models
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
 from mergekit_sd.execute.worker import Sink, Worker
 from mergekit_sd.formats.claims import sweep
-from mergekit_sd.formats.hashing import FileHashes, auto_v1, default_threads, sha256_file
-from mergekit_sd.formats.open import open_input
+from mergekit_sd.formats.hashing import (
+    LEAF,
+    FileHashes,
+    OnBytes,
+    auto_v1,
+    default_threads,
+    leaf_digest,
+    sha256_file,
+)
+from mergekit_sd.formats.open import open_input, read_bytes
 from mergekit_sd.formats.reading import InputFile
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import OutputFile
@@ -34,7 +43,15 @@ from mergekit_sd.planning.build import check_targets, layout_output, place_outpu
 from mergekit_sd.planning.values import How, Plan, PlannedOutput
 
 MEMORY_BUDGET = 64 * 1024 * 1024
+MOST_LEFT = LEAF  # bytes of a file that are read for its hash alone
 TICK = 0.1  # seconds between progress events
+
+
+FileHasher: TypeAlias = Callable[[Path, OnBytes], FileHashes]
+
+
+def _file_hashes(path: Path, on_bytes: OnBytes) -> FileHashes:
+    return FileHashes(sha256_file(path, on_bytes), None, auto_v1(path))
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,8 @@ class RunOptions:
 
     `hashing`: make content hashes while streaming. `sha256`: hash
     every input file, for the lock. `expected`: output name to the content hash
-    that a lock demands; `expected_inputs`: the same for model names.
+    that a lock demands; `expected_inputs`: the same for model names. `file_hashes`: makes sha256 and
+    A1111's old hash of an input, or knows them.
     """
 
     force: bool = False
@@ -56,6 +74,7 @@ class RunOptions:
     device: str = "cpu"
     expected: Mapping[str, str] = field(default_factory=dict)
     expected_inputs: Mapping[str, str] = field(default_factory=dict)
+    file_hashes: FileHasher = _file_hashes
 
 
 @dataclass(frozen=True)
@@ -82,11 +101,13 @@ class OutputReport:
 class Made:
     """What a run made, and of what.
 
-    By model name: the content hash of what was used (none without hashing), sha256 where known.
+    By model name: the content hashes of what was used, and of the whole file where it was as good as
+    read (none without hashing); sha256 where known.
     """
 
     outputs: tuple[OutputReport, ...]
     inputs: Mapping[str, str]
+    files: Mapping[str, str]
     sha256: Mapping[str, str]
 
 
@@ -102,13 +123,15 @@ def execute(
     check_targets(plan, options.force)
     check_device(options.device)
     cancel = cancel or CancelToken()
-    files = check_pins(plan, cancel, every=options.sha256 or plan.metadata == "webui")
+    files = check_pins(plan, cancel, every=options.sha256 or plan.metadata == "webui", hasher=options.file_hashes)
     run = _Run(plan, options, files, Leaves(), on_event, cancel)
     for warning in plan.warnings:
         on_event(Noted(warning))
     reports = tuple(write_output(run, output) for output in plan.outputs)
     sha256 = {plan.inputs[number].name: each.sha256 for number, each in files.items()}
-    return Made(reports, run.input_hashes(plan.outputs) if options.hashing else {}, sha256)
+    if not options.hashing:
+        return Made(reports, {}, {}, sha256)
+    return Made(reports, run.input_hashes(plan.outputs), run.file_hashes(plan.outputs), sha256)
 
 
 def compare(
@@ -124,7 +147,7 @@ def compare(
     where the file's size shows it at once.
     """
     cancel = cancel or CancelToken()
-    files = check_pins(plan, cancel, every=plan.metadata == "webui")
+    files = check_pins(plan, cancel, every=plan.metadata == "webui", hasher=options.file_hashes)
     output = place_output(plan, plan.outputs[0], files)
     there = open_input(path)
     try:
@@ -153,18 +176,41 @@ class _Run:
 
     def input_hashes(self, outputs: Sequence[PlannedOutput]) -> dict[str, str]:
         """The content hash of what these outputs use of each model, once they are computed."""
-        used: dict[int, dict[str, TensorInfo]] = {}
-        for output in outputs:
-            for number, reads in output.reads().items():
-                used.setdefault(number, {}).update({name: read.tensor for name, read in reads.items()})
+        used = _used(outputs)
         return {self.plan.inputs[n].name: self.leaves.content_hash(n, used[n]) for n in sorted(used)}
 
+    def file_hashes(self, outputs: Sequence[PlannedOutput]) -> dict[str, str]:
+        """The content hash of each model's whole file, where hardly more was left to read of it."""
+        found = {}
+        for number, tensors in _used(outputs).items():
+            source = self.plan.inputs[number]
+            rest = [tensor for name, tensor in source.file.tensors.items() if name not in tensors]
+            if sum(tensor.nbytes for tensor in rest) > MOST_LEFT:
+                continue
+            for tensor in rest:
+                self.leaves.keep(
+                    number, tensor.name, 0, [leaf_digest(read_bytes(source.file, tensor))] if tensor.nbytes else []
+                )
+            found[source.name] = self.leaves.content_hash(number, source.file.tensors)
+        return found
 
-def check_pins(plan: Plan, cancel: CancelToken | None = None, *, every: bool = False) -> dict[int, FileHashes]:
+
+def _used(outputs: Sequence[PlannedOutput]) -> dict[int, dict[str, TensorInfo]]:
+    """What outputs read of each model, by its number and the tensors' names."""
+    used: dict[int, dict[str, TensorInfo]] = {}
+    for output in outputs:
+        for number, reads in output.reads().items():
+            used.setdefault(number, {}).update({name: read.tensor for name, read in reads.items()})
+    return used
+
+
+def check_pins(
+    plan: Plan, cancel: CancelToken | None = None, *, every: bool = False, hasher: FileHasher = _file_hashes
+) -> dict[int, FileHashes]:
     """The file hashes that are pinned or asked for (`every`), by input. Raises PinMismatch before a byte is written."""
     pins = {number: plan.recipe.models[source.name].sha256 for number, source in enumerate(plan.inputs)}
     wanted = [n for n, pin in pins.items() if pin or every]
-    files = dict(zip(wanted, _hashed([plan.inputs[n].file.path for n in wanted], cancel), strict=True))
+    files = dict(zip(wanted, _hashed([plan.inputs[n].file.path for n in wanted], cancel, hasher), strict=True))
     for number, hashes in files.items():
         pin, source = pins[number], plan.inputs[number]
         if pin and hashes.sha256 != pin.lower():
@@ -180,19 +226,16 @@ def check_pins(plan: Plan, cancel: CancelToken | None = None, *, every: bool = F
     return files
 
 
-def _hashed(paths: Sequence[Path], cancel: CancelToken | None) -> list[FileHashes]:
+def _hashed(paths: Sequence[Path], cancel: CancelToken | None, hasher: FileHasher) -> list[FileHashes]:
     """sha256 and A1111's old hash of files, several at a time; a path that stands twice is read once."""
 
     def check(_done: int) -> None:
         if cancel and cancel.cancelled:
             raise Cancelled
 
-    def hashes(path: Path) -> FileHashes:
-        return FileHashes(sha256_file(path, check), None, auto_v1(path))
-
     distinct = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(default_threads()) as pool:
-        found = dict(zip(distinct, pool.map(hashes, distinct), strict=True))
+        found = dict(zip(distinct, pool.map(lambda path: hasher(path, check), distinct), strict=True))
     return [found[path] for path in paths]
 
 

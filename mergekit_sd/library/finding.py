@@ -11,7 +11,9 @@ from pathlib import Path, PurePosixPath
 from mergekit_sd.formats.open import MODEL_SUFFIXES
 from mergekit_sd.library.entry import LibraryEntry
 from mergekit_sd.library.index import Library
+from mergekit_sd.library.known import known_file_hashes
 from mergekit_sd.library.store import library_file
+from mergekit_sd.planning.paths import Findings, Sought
 
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 _NAMED = re.compile(r"(?P<name>.*?)\s*(?:\[(?P<hash>[0-9A-Fa-f]{8,64})\])?", re.DOTALL)
@@ -53,6 +55,30 @@ def find_by_name(name: str) -> list[LibraryEntry]:
     with Library() as library:
         named = [entry for entry in library.entries() if _is_called(entry, parsed["name"])]
     return found + [entry for entry in named if not _contradicts(entry, digits) and entry.is_current()]
+
+
+def find_input(sought: Sought) -> Findings:
+    """Where else a recipe's model lies, for `PlanOptions.find`.
+
+    It is certainly a file of its pinned sha256, of its content hash in the lock, or of the hash that the
+    WebUI writes after its name; the sha256 of a file with that name is made where it is not known yet.
+    """
+    for value in (sought.sha256, sought.content):
+        same = find_by_hash(value) if value else []
+        if same:
+            return Findings(same=tuple(entry.path for entry in same))
+    named = find_by_name(sought.file)
+    digits = (parsed["hash"] or "").lower() if (parsed := _NAMED.fullmatch(sought.file.strip())) else ""
+    if digits and not sought.sha256:
+        same = [entry for entry in named if _has(entry, digits)]
+        return Findings(tuple(entry.path for entry in same), tuple(e.path for e in named if e not in same))
+    return Findings(named=tuple(entry.path for entry in named))
+
+
+def _has(entry: LibraryEntry, digits: str) -> bool:
+    """Whether a file is known by these digits, as AutoV1, AutoV2 or AutoV3."""
+    hashes = known_file_hashes(entry.path)
+    return digits in (hashes.auto_v1, hashes.auto_v3) or hashes.sha256.startswith(digits)
 
 
 def _is_called(entry: LibraryEntry, name: str) -> bool:

@@ -32,6 +32,7 @@ from mergekit_sd.library.events import (
 )
 from mergekit_sd.library.folders import existing_folder, model_folders
 from mergekit_sd.library.index import Library
+from mergekit_sd.library.known import hashes_by_kind
 from mergekit_sd.library.walk import Walk
 
 Level: TypeAlias = Literal["none", "vae", "all"]
@@ -216,8 +217,7 @@ class _Scan:
             except InputError as error:
                 self._keep(entries, error)
                 continue
-            hashes = {"sha256": found.sha256, "autov1": found.auto_v1, "autov3": found.auto_v3}
-            self._keep(entries, {kind: value for kind, value in hashes.items() if value})
+            self._keep(entries, hashes_by_kind(found))
 
     def _groups(self, lacks: Callable[[LibraryEntry], bool]) -> _Groups:
         """The files that lack hashes."""

@@ -20,7 +20,7 @@ from mergekit_sd.planning.expression import Constant, Expression, Read, reads_of
 from mergekit_sd.planning.metadata import build_metadata
 from mergekit_sd.planning.models import Model, StepReport, model_of_file, with_markers
 from mergekit_sd.planning.outputs import Draft, draft_tensors
-from mergekit_sd.planning.paths import check_apart, check_new, resolve_inputs, resolve_outputs
+from mergekit_sd.planning.paths import Finder, Findings, check_apart, check_new, resolve_inputs, resolve_outputs
 from mergekit_sd.planning.planned import follow_step
 from mergekit_sd.planning.prediction import file_prediction, output_prediction
 from mergekit_sd.planning.vae import mixed_vaes
@@ -34,7 +34,7 @@ class PlanOptions:
     """What is said beside the recipe.
 
     `anywhere`: outputs may lie outside the allowed folders. `search`: folders in which a model that
-    is not where the recipe says is looked for by its file's name.
+    is not where the recipe says is looked for by its file's name; `find` looks for it elsewhere.
     """
 
     output_root: Path | None = None
@@ -43,6 +43,7 @@ class PlanOptions:
     search: tuple[Path, ...] = ()
     outputs: tuple[str, ...] = ()
     """The outputs to make; empty: all of them."""
+    find: Finder = lambda _: Findings()
 
 
 def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
@@ -51,7 +52,7 @@ def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
     if not names:
         raise recipe.error("There is nothing to make: the recipe has no [outputs].", (), hint="add [outputs.NAME]")
     used = reachable(recipe, names)
-    paths = resolve_inputs(recipe, used.models, options.search)
+    paths, moved = resolve_inputs(recipe, used.models, options.search, options.find)
     targets = resolve_outputs(recipe, names, options.output_root, options.anywhere)
     check_apart(recipe, paths, targets)
     inputs = _open_inputs(paths)
@@ -61,7 +62,7 @@ def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
     samples = (
         ("the recipe's [[samples]] are checked, but this version makes no pictures yet",) if recipe.samples else ()
     )
-    warnings = (*recipe.warnings, *samples, *(text for step, text in mixed.items() if step in unbaked))
+    warnings = (*recipe.warnings, *moved, *samples, *(text for step, text in mixed.items() if step in unbaked))
     plan = Plan(recipe, tuple(inputs.values()), tuple(steps), outputs, warnings, options.metadata)
     return replace(plan, outputs=tuple(place_output(plan, output, {}) for output in plan.outputs))
 

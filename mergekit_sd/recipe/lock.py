@@ -19,11 +19,17 @@ LOCK_VERSION = 1
 
 @dataclass(frozen=True)
 class LockedInput:
-    """An input as a run used it: the content hash is of the tensors that were read of it."""
+    """An input as a run used it: `content` is of the tensors that were read, `file` of all, where it is known."""
 
     size: int
     content: str
     sha256: str | None = None
+    file: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """The entry in the lock."""
+        known = {"sha256": self.sha256, "file": self.file}
+        return {"size": self.size, "content": self.content, **{name: value for name, value in known.items() if value}}
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,7 @@ def write_lock(path: Path, lock: Lock) -> None:
         "lock": LOCK_VERSION,
         "mergekit_sd": lock.version,
         "recipe": lock.recipe,
-        "inputs": {
-            name: {"size": each.size, "content": each.content, **({"sha256": each.sha256} if each.sha256 else {})}
-            for name, each in lock.inputs.items()
-        },
+        "inputs": {name: each.as_json() for name, each in lock.inputs.items()},
         "outputs": {name: {"size": each.size, "content": each.content} for name, each in lock.outputs.items()},
     }
     fresh = path.with_name(f".{path.name}.new")
@@ -88,7 +91,7 @@ def read_lock(path: Path) -> Lock | None:
         return Lock(
             str(data["mergekit_sd"]),
             str(data["recipe"]),
-            {n: LockedInput(int(e["size"]), str(e["content"]), e.get("sha256")) for n, e in data["inputs"].items()},
+            {name: _locked(entry) for name, entry in data["inputs"].items()},
             {n: LockedOutput(int(e["size"]), str(e["content"])) for n, e in data["outputs"].items()},
         )
     except FileNotFoundError:
@@ -97,3 +100,7 @@ def read_lock(path: Path) -> Lock | None:
         raise PinMismatch(
             f"The lock cannot be read: {error}.", file=path, hint="delete it; the next run makes a new one"
         ) from error
+
+
+def _locked(entry: Mapping[str, Any]) -> LockedInput:
+    return LockedInput(int(entry["size"]), str(entry["content"]), entry.get("sha256"), entry.get("file"))
