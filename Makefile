@@ -32,10 +32,10 @@ docs: $(VENV)/installed
 picture: $(VENV)/installed
 	$(PYTHON) docs/picture.py docs/demo.svg
 
-# mergekit is for tests/test_peers.py, which uses its merge methods alone: they need torch and no more.
+# mergekit and lycoris are for tests that use their formulas alone: these need torch and no more.
 $(VENV)/installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(PYTHON) -m pip install --quiet -c constraints.txt --no-deps mergekit
+	$(PYTHON) -m pip install --quiet -c constraints.txt --no-deps mergekit lycoris-lora einops toml
 	touch $@

@@ -88,13 +88,32 @@ def _step(operation: Operation, given: tuple[Any, ...], keywords: dict[str, Any]
     needed = {operand.name for operand in operation.operands if not operand.optional}
     if len(given) > len(names) or needed - set(operands):
         raise UsageError(f"{operation.name} takes {len(names)} models: {', '.join(names)}.", hint="see ops NAME")
+    if operation.many and operation.many.space == "lora":
+        operands[operation.many.name], keywords["loras"] = _lora_entries(operands[operation.many.name])
     operands = {name: _checked(operation, name, operand) for name, operand in operands.items() if operand is not None}
     known = {parameter.name for parameter in operation.parameters} | {"extrapolate"}
     known |= {"seed"} if operation.seeded else set()
+    known |= {"loras"} & set(operands)
     for name in keywords:
         if name not in known:
             raise UsageError(f'{operation.name} has no parameter "{name}".', hint=did_you_mean(name, known))
     return StepNode(operation, operands, keywords)
+
+
+def _lora_entries(given: object) -> tuple[tuple[Node, ...], list[dict[str, Any]]]:
+    """The files of a list of LoRAs, and what is said of each.
+
+    An entry is an opened file, a pair of it and its strength, or the table of a recipe with the file as `lora`.
+    """
+    files: list[Any] = []
+    tables: list[dict[str, Any]] = []
+    for entry in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(entry, tuple) and len(entry) == 2:
+            entry = {"lora": entry[0], "strength": entry[1]}
+        table = dict(entry) if isinstance(entry, Mapping) else {"lora": entry}
+        files.append(table.pop("lora", None))
+        tables.append(table)
+    return tuple(files), tables
 
 
 def _checked(operation: Operation, name: str, operand: object) -> Any:
@@ -154,6 +173,9 @@ def _said(step: StepNode, names: Mapping[int, str]) -> dict[str, Any]:
     if "expr" in step.parameters:
         chosen = {operand: name for operand, name in links.items() if isinstance(name, str)}
         return {"expr": parse_formula(step.parameters["expr"], Where()).text(chosen)}
+    if "loras" in step.parameters:
+        entries = zip(links["loras"], step.parameters["loras"], strict=True)
+        return {**links, "loras": [{"lora": name, **table} if table else name for name, table in entries]}
     return {**links, **step.parameters}
 
 

@@ -24,6 +24,7 @@ SPACES = {
     "weight": "a model",
     "delta": "a difference of models",
     "same": "a model or a difference, all alike",
+    "lora": "a LoRA or one of its relatives",
 }
 WORKS = {
     "element": "streaming, in small pieces",
@@ -140,6 +141,8 @@ def folds(operation: Operation) -> list[tuple[dict[str, float], str]]:
 def operand_words(operand: Operand) -> str:
     """`a list: each a model`."""
     words = SPACES[operand.space]
+    if operand.space == "lora":
+        return f'a list: each a name, "{IN_PROMPT}", or a table {{ lora, strength, text_encoder, blocks }}'
     if operand.many:
         return f"a list of {words.replace('a model', 'models', 1).replace('a difference', 'differences')}"
     return f"{words}; may be left out" if operand.optional else words
@@ -190,6 +193,8 @@ def fold_words(operation: Operation) -> Iterator[str]:
 # --- examples -------------------------------------------------------------------------------------------
 
 EXPRESSION = "mix + 0.7*(tuned - original)"
+IN_PROMPT = "<lora:style:0.8>"
+IN_TABLE = '{ lora = "style", strength = 0.8, blocks = "OUTALL" }'
 
 
 # Operations on one model have commands of their own.
@@ -198,6 +203,7 @@ COMMANDS = {
     "fix": "fix a.safetensors",
     "extract": "extract a.safetensors --component vae",
     "replace": "bake-vae a.safetensors b.safetensors",
+    "inject_lora": "lora inject model.safetensors style.safetensors:0.8",
 }
 
 
@@ -219,7 +225,9 @@ def _example_models(operation: Operation) -> list[str]:
         return ["mix", "tuned", "original"]
     names: list[str] = []
     for operand in operation.operands:
-        if operand.space != "delta" and not operand.optional:
+        if operand.space == "lora":
+            names.append("style")
+        elif operand.space != "delta" and not operand.optional:
             names += ["one", "other"] if operand.many else [operand.name]
     return names
 
@@ -253,7 +261,9 @@ def example_recipe(operation: Operation) -> str:
     steps: list[str] = []
     sources: dict[str, str] = {}
     for operand in operation.operands:
-        if operand.many:
+        if operand.space == "lora":
+            sources[operand.name] = f"[{IN_TABLE}]"
+        elif operand.many:
             sources[operand.name] = json.dumps(models[-2:])
         elif operand.space == "delta":
             name = "difference" if not steps else f"difference{len(steps) + 1}"

@@ -38,6 +38,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "extract": ("surgery", "Write one component as a file of its own."),
         "bake-vae": ("surgery", "Put another VAE into a checkpoint."),
     },
+    "LoRA": {
+        "lora": ("lora", "Put LoRA files and their relatives into models."),
+    },
     "Files": {
         "inspect": ("inspect", "Tell what a model file is and what is in it."),
         "diff": ("inspect", "Compare two models block by block."),

@@ -27,6 +27,7 @@ PURPOSES = (
     "by structure",
     "plain arithmetic",
     "operate on one model",
+    "LoRA and its relatives",
 )
 """What operations are for, in the order in which they are listed."""
 

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 else:
     Tensor = Any
 
-Space = Literal["weight", "delta", "same"]
+Space = Literal["weight", "delta", "same", "lora"]
 
 # --- what there can be in a signature -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class OperandKind:
-    """What an operand or a result is. `same`: weight or delta, one and the same throughout.
+    """What an operand or a result is. `same`: weight or delta, one and the same throughout; `lora`: a LoRA's file.
 
     `many`: a list of at least one; it is the last operand. `optional`: may be left out (None).
     """
@@ -94,6 +94,7 @@ Weight = Annotated[Tensor, OperandKind("weight")]
 Delta = Annotated[Tensor, OperandKind("delta")]
 Same = Annotated[Tensor, OperandKind("same")]
 Weights = Annotated[Sequence[Tensor], OperandKind("weight", many=True)]
+Loras = Annotated[Sequence[Any], OperandKind("lora", many=True)]
 Sames = Annotated[Sequence[Tensor], OperandKind("same", many=True)]
 # Default None; `Optional` because it is evaluated, and Tensor is Any then.
 MaybeWeight = Annotated[Optional[Tensor], OperandKind("weight", optional=True)]  # noqa: UP045

@@ -62,7 +62,8 @@ def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
     samples = (
         ("the recipe's [[samples]] are checked, but this version makes no pictures yet",) if recipe.samples else ()
     )
-    warnings = (*recipe.warnings, *moved, *samples, *(text for step, text in mixed.items() if step in unbaked))
+    noted = [note for step in steps for note in step.notes]
+    warnings = (*recipe.warnings, *moved, *noted, *samples, *(text for step, text in mixed.items() if step in unbaked))
     plan = Plan(recipe, tuple(inputs.values()), tuple(steps), outputs, warnings, options.metadata)
     return replace(plan, outputs=tuple(place_output(plan, output, {}) for output in plan.outputs))
 

@@ -40,6 +40,8 @@ class Model:
     layout: Layout
     tensors: Mapping[str, Expression]
     origin: int
+    file: ModelFile | None = None
+    """Where it is a file as it is."""
 
     def mergeable(self) -> list[str]:
         """The names that operations work on: floating-point weights, neither junk nor schedule."""
@@ -68,6 +70,8 @@ class StepReport:
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
     removed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What people should know, in words."""
 
 
 def model_of_file(number: int, ref: ModelRef, file: ModelFile, layout: Layout) -> Model:
@@ -75,7 +79,7 @@ def model_of_file(number: int, ref: ModelRef, file: ModelFile, layout: Layout) -
     tensors: dict[str, Expression] = {
         layout.canonical[name]: Read(number, tensor) for name, tensor in file.tensors.items()
     }
-    model = Model(ref.name, "weight", layout, tensors, number)
+    model = Model(ref.name, "weight", layout, tensors, number, file)
     return with_ema(model, file.path) if ref.weights == "ema" else model
 
 

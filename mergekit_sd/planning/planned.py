@@ -29,6 +29,10 @@ def follow_step(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[M
     """Apply a step, whoever carries it out. `operands` by label, in the step's order; `seed`: the recipe's."""
     if step.formula:
         return _apply_formula(step, step.formula, operands)
+    if step.operation.name == "inject_lora":
+        from mergekit_sd.planning.adapters import inject_loras
+
+        return inject_loras(step, operands, seed if step.seed is None else step.seed)
     if step.operation.name in SURGERY:
         model = SURGERY[step.operation.name](*operands.values(), **step.settings)
         return replace(model, name=step.name), _unchanged(step, model, operands)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Discriminator, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
@@ -116,11 +116,38 @@ Weights = TypeAliasType("Weights", Annotated[Any, WithJsonSchema(WEIGHTS_SCHEMA)
 _EACH = {"anyOf": [WEIGHTS_SCHEMA, {"type": "array", "items": WEIGHTS_SCHEMA, "minItems": 1}]}
 WeightsList = TypeAliasType("WeightsList", Annotated[Any, WithJsonSchema(_EACH)])
 
+
+class Table(BaseModel):
+    """A table that takes its own keys and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+class LoraEntry(Table):
+    """A LoRA file and how strongly it works."""
+
+    lora: Name = Field(description="The name of a model that is a LoRA or one of its relatives.")
+    strength: float = Field(1.0, allow_inf_nan=False, description="Of the UNet's part; negative takes it out.")
+    text_encoder: float | None = Field(
+        None, allow_inf_nan=False, description="Of the text encoders' part; as strength unless given."
+    )
+    text_encoder_2: float | None = Field(
+        None, allow_inf_nan=False, description="Of SDXL's second text encoder; as text_encoder unless given."
+    )
+    blocks: Weights | None = Field(
+        None, description="Per block: 17, 26, 12 or 20 numbers, a preset such as OUTALL, or a table."
+    )
+
+
+Lora = Annotated[Annotated[Name, Tag("<text>")] | Annotated[LoraEntry, Tag("<table>")], BY_SHAPE]
+
 # --- a step's keys, read off the registry ---------------------------------------------------------
 
 
 def operand_field(operand: Operand) -> tuple[Any, Any]:
     """The field that names an operand, or a list of them."""
+    if operand.space == "lora":
+        return list[Lora], Field(min_length=1, description='LoRA files: names, "<lora:name:0.8>", or tables.')
     kind = {"weight": "A model", "delta": "A difference of models", "same": "A model or a difference"}[operand.space]
     if operand.many:
         return list[Name], Field(min_length=1, description=f"{kind}, each: the names of models or steps.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mergekit_sd.recipe.load import Recipe, Step
     from mergekit_sd.recipe.positions import KeyPath
 
-IN_WORDS = {"weight": "a model", "delta": "a difference of models"}
+IN_WORDS = {"weight": "a model", "delta": "a difference of models", "lora": "a LoRA's file"}
 
 
 class Reachable(NamedTuple):
@@ -137,6 +137,7 @@ def _check_spaces(recipe: Recipe, ordered: list[Step]) -> dict[str, Space]:
 
 
 _ADD = 'op = "add" makes a model of a model and a difference'
+_SUBTRACT = 'op = "subtract" makes a difference of two models'
 
 
 def _space_of(recipe: Recipe, step: Step, space: dict[str, Space]) -> Space:
@@ -146,8 +147,10 @@ def _space_of(recipe: Recipe, step: Step, space: dict[str, Space]) -> Space:
     for label, name in step.operands.items():
         operand, path, found = step.operation.operand(label), step.path_of(label), space[name]
         who = f'"{shown(name)}" is {IN_WORDS[found]}'
+        if operand.space == "lora" and name in recipe.models:  # what a file is is known once it is opened
+            continue
         if operand.space != "same" and found != operand.space:
-            hint = _ADD if found == "delta" else 'op = "subtract" makes a difference of two models'
+            hint = "name one of [models]" if operand.space == "lora" else _ADD if found == "delta" else _SUBTRACT
             message = f"{who}, but {operand.name} of {step.operation.name} takes {IN_WORDS[operand.space]}."
             raise recipe.error(message, path, hint=hint)
         if operand.space == "same":

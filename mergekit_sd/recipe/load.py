@@ -17,8 +17,10 @@ from typing import Any, Literal
 from mergekit_sd.errors import RecipeError
 from mergekit_sd.operations import OPERATIONS, Operation, Parameter
 from mergekit_sd.operations.types import NumberKind
+from mergekit_sd.recipe.fields import Table
 from mergekit_sd.recipe.formula import Sum, parse_formula
 from mergekit_sd.recipe.graph import check_names
+from mergekit_sd.recipe.loras import LoraUse, parse_lora
 from mergekit_sd.recipe.positions import KeyPath, Positions, Where, dotted
 from mergekit_sd.recipe.read import read_document
 from mergekit_sd.recipe.schema import (
@@ -27,7 +29,6 @@ from mergekit_sd.recipe.schema import (
     ModelEntry,
     OutputEntry,
     SampleEntry,
-    Table,
     check_form,
 )
 from mergekit_sd.recipe.weights import BlockWeights, parse_weights
@@ -62,6 +63,8 @@ class Step:
     formula: Sum | None = None
     seed: int | None = None
     extrapolate: bool = False
+    loras: dict[str, LoraUse] = field(default_factory=dict)
+    """How LoRA operands are used, by their label."""
 
     def path_of(self, label: str) -> KeyPath:
         """Where an operand is written."""
@@ -192,7 +195,9 @@ def _step(name: str, table: Table, written: Mapping[str, Any], where: Where) -> 
     operation = OPERATIONS[written["op"]]
     values = {key: getattr(table, key) for key in type(table).model_fields}
     formula = parse_formula(values["expr"], where.at("expr")) if "expr" in values else None
+    loras = _loras(operation, values, where)
     operands = {name: name for name in formula.names()} if formula else _operands(operation, values)
+    operands |= {label: use.lora for label, use in loras.items()}
     parameters: dict[str, BlockWeights] = {}
     settings: dict[str, Any] = {}
     models = sum(label.partition(".")[1] == "." for label in operands)
@@ -202,18 +207,29 @@ def _step(name: str, table: Table, written: Mapping[str, Any], where: Where) -> 
         else:
             settings[each.name] = values[each.name]
     seed, extrapolate = values.get("seed"), values["extrapolate"]
-    return Step(name, operation, operands, parameters, settings, formula, seed, extrapolate)
+    return Step(name, operation, operands, parameters, settings, formula, seed, extrapolate, loras)
 
 
 def _operands(operation: Operation, values: Mapping[str, Any]) -> dict[str, str]:
     operands: dict[str, str] = {}
     for operand in operation.operands:
         value = values[operand.name]
+        if operand.space == "lora":
+            continue
         if operand.many:
             operands |= {f"{operand.name}.{index}": name for index, name in enumerate(value)}
         elif value is not None:
             operands[operand.name] = value
     return operands
+
+
+def _loras(operation: Operation, values: Mapping[str, Any], where: Where) -> dict[str, LoraUse]:
+    return {
+        f"{operand.name}.{index}": parse_lora(entry, where.at(operand.name).at(index))
+        for operand in operation.operands
+        if operand.space == "lora"
+        for index, entry in enumerate(values[operand.name])
+    }
 
 
 def _weights(

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     Tag,
     ValidationError,
@@ -28,11 +27,13 @@ from mergekit_sd.recipe.fields import (
     BY_SHAPE,
     DtypeName,
     FileName,
+    LoraEntry,
     Name,
     Pixels,
     SamplerName,
     Seed,
     Sha256,
+    Table,
     operand_field,
     parameter_field,
 )
@@ -43,12 +44,6 @@ from mergekit_sd.text import did_you_mean, shown
 VERSION = 1
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-class Table(BaseModel):
-    """A table that takes its own keys and no others."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
 
 class ModelEntry(Table):
@@ -201,7 +196,7 @@ def _check_step(name: str, step: Mapping[str, Any], faults: list[_Fault]) -> Tab
         try:
             return step_model(op).model_validate(step)
         except ValidationError as error:
-            keys: _Keys = {(): (f"a step of {op}", list(step_model(op).model_fields))}
+            keys: _Keys = {(): (f"a step of {op}", list(step_model(op).model_fields)), **_LORA_KEYS}
             for details in error.errors(include_url=False):
                 fault = _fault(details, keys)
                 faults.append(fault._replace(path=(*path, *fault.path)))
@@ -229,6 +224,7 @@ _KEYS: _Keys = {
     ("outputs", "*", "dtype"): ("a table of dtypes", list(DtypeEntry.model_fields)),
     ("samples", "*"): ("a sample", list(SampleEntry.model_fields)),
 }
+_LORA_KEYS: _Keys = {("loras", "*"): ("a LoRA", list(LoraEntry.model_fields))}
 
 _TAKES = {
     "string_type": "takes text in quotes",

@@ -1,0 +1,126 @@
+"""How strong PEFT means each module to be: alpha is in its settings, not among the tensors.
+
+Owns the reading of these settings: a file's metadata (diffusers writes `lora_adapter_metadata`), or
+`adapter_config.json` beside `adapter_model.safetensors`. Both come from strangers and are only data:
+a pattern that is more than a name is refused, never run as the regular expression that PEFT takes it for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_sd.errors import MalformedFile, UnreadableInput
+from mergekit_sd.formats.tensor import ModelFile
+
+METADATA_KEY = "lora_adapter_metadata"
+_WEIGHTS, _CONFIG = "adapter_model", "adapter_config.json"
+_MOST_BYTES = 1 << 20
+_PLAIN = re.compile(r"\^?[\w.]+")
+_ANY_COMPONENT = ("",)
+_COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Alphas:
+    usual: float | None
+    of: Mapping[str, float]
+    rank_stabilised: bool
+
+    def of_module(self, name: str) -> float | None:
+        """The alpha of a module: of the first pattern that is its name, or its end if without `^`; else the usual."""
+        whole = (f"^{name}", name)
+        found = (alpha for pattern, alpha in self.of.items() if pattern in whole or name.endswith(f".{pattern}"))
+        return next(found, self.usual)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What PEFT's settings say of a file's modules, by component ("" for all)."""
+
+    alphas: Mapping[str, _Alphas] = field(default_factory=dict)
+
+    def scale(self, component: str | None, name: str, rank: int) -> float | None:
+        """What the product of a module's factors is multiplied by: α/r, or α/√r; None where nothing is said.
+
+        `name`: without the component's prefix.
+        """
+        alphas = self.alphas.get(f"{component}.", self.alphas.get(""))
+        alpha = alphas.of_module(name) if alphas else None
+        if alphas is None or alpha is None or rank < 1:
+            return None
+        return alpha / (math.sqrt(rank) if alphas.rank_stabilised else rank)
+
+
+def read_settings(model: ModelFile) -> Settings:
+    """The settings in a file's metadata, else beside it, else none.
+
+    Raises MalformedFile for settings that cannot be understood: without them the strength would be a guess.
+    """
+    said = model.metadata.get(METADATA_KEY)
+    if said is not None:
+        return Settings(_alphas(_parsed(said, model.path, METADATA_KEY), model.path, _COMPONENTS))
+    config = model.path.with_name(_CONFIG)
+    if model.path.stem != _WEIGHTS or not config.is_file():
+        return Settings()
+    return Settings(_alphas(_parsed(_text(config), config, None), config, _ANY_COMPONENT))
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise UnreadableInput(f"Cannot read it: {error.strerror}.", file=path, hint="check its permissions") from None
+    if len(data) > _MOST_BYTES:
+        raise MalformedFile("PEFT's settings are a few KiB; this is more than 1 MiB.", file=path)
+    return data.decode("utf-8", "replace")
+
+
+def _parsed(text: str, path: Path, key: str | None) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise MalformedFile("PEFT's settings are no JSON object.", file=path, key=key)
+    return data
+
+
+def _alphas(data: Mapping[str, Any], path: Path, prefixes: tuple[str, ...]) -> dict[str, _Alphas]:
+    found: dict[str, _Alphas] = {}
+    for prefix in prefixes:
+        usual = data.get(prefix + "lora_alpha", data.get(prefix + "alpha"))  # LoHa and LoKr say `alpha`
+        patterns = data.get(prefix + "alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise MalformedFile("Alphas by module must be an object.", file=path, key=prefix + "alpha_pattern")
+        found[prefix] = _Alphas(
+            None if usual is None else _number(usual, path, prefix + "lora_alpha"),
+            {_plain(name, path): _number(alpha, path, name) for name, alpha in patterns.items()},
+            bool(data.get(prefix + "use_rslora")),
+        )
+    return found
+
+
+def _number(value: Any, path: Path, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**127:
+        raise MalformedFile("Alpha must be a number.", file=path, key=key)
+    return float(value)
+
+
+def _plain(pattern: str, path: Path) -> str:
+    """A pattern that is a name, or one behind `^`, which stays; `$` and escaped dots say nothing more."""
+    name = pattern.removesuffix("$").replace(r"\.", ".")
+    if not _PLAIN.fullmatch(name):
+        raise MalformedFile(
+            "Alphas are given by regular expressions, and only names of modules are read.",
+            file=path,
+            key=pattern,
+            hint="save the adapter with alpha_pattern written out module by module",
+        )
+    return name

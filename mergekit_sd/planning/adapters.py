@@ -1,0 +1,186 @@
+"""LoRA files in a plan: which tensors of a model they change, and by which expression.
+
+Owns the operations that a plan makes of a file's modules. Must not know names (`adapters.matching`)
+nor formulas (`adapters.algorithms`).
+
+A difference that is only added is made whole when its tensor is due, and added piece by piece; what
+needs the weight itself (DoRA, OFT, IA3, GLoRA) gets it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mergekit_sd.adapters import algorithms
+from mergekit_sd.adapters.matching import Matched, match
+from mergekit_sd.adapters.names import Module, read_adapter
+from mergekit_sd.adapters.targets import Target
+from mergekit_sd.architectures import Role
+from mergekit_sd.errors import MergekitError, WrongFormat
+from mergekit_sd.formats.dtypes import F32
+from mergekit_sd.lazy import torch
+from mergekit_sd.operations import OPERATIONS
+from mergekit_sd.operations.planned import PAIR
+from mergekit_sd.operations.types import Tensor
+from mergekit_sd.planning.expression import Apply, Expression, Read
+from mergekit_sd.planning.models import Model, StepReport
+from mergekit_sd.recipe.load import Step
+from mergekit_sd.text import count, shown
+
+MOST_NOTED = 8  # modules that a note names
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A module's part in one tensor; `parts` names the tensors that it brings along, in their order."""
+
+    module: str
+    parts: tuple[str, ...]
+    target: Target
+    strength: float
+    scale: float | None
+    kohya_oft: bool
+
+
+def inject_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[Model, StepReport]:
+    """The model with LoRA files in it, one after the other. `operands`: the model, then the files by label."""
+    model = operands["model"]
+    uses: dict[str, list[tuple[Use, list[Read]]]] = {}
+    notes: list[str] = []
+    names = [name for name in model.tensors if model.layout.places[name].role in (Role.weight, Role.unknown)]
+    for label, use in step.loras.items():
+        lora = operands[label]
+        matched = matched_file(lora, model)
+        notes += _notes(lora, matched)
+        strengths = use.strengths(model.layout, names, seed)
+        for found in matched.matches:
+            for target in found.targets:
+                if strengths.get(target.tensor) and target.tensor in model.tensors:
+                    one = _use(found.module, target, strengths[target.tensor])
+                    reads = [Read(lora.origin, found.module.parts[part]) for part in one.parts]
+                    _check(lora, one, reads, model.tensors[target.tensor].shape)
+                    uses.setdefault(target.tensor, []).append((one, reads))
+    changed = {name: _changed(model.tensors[name], each) for name, each in uses.items()}
+    report = StepReport(
+        step.name,
+        step.operation.name,
+        dict(step.operands),
+        {},
+        {label: use.describe() for label, use in step.loras.items()},
+        merged=len(changed),
+        folded=0,
+        carried=len(model.tensors) - len(changed),
+        kept=(),
+        dropped=(),
+        notes=tuple(notes),
+    )
+    return replace(model, name=step.name, tensors={**model.tensors, **changed}, file=None), report
+
+
+def matched_file(lora: Model, model: Model) -> Matched:
+    """A LoRA file's modules with the layers of a model that they change. Raises WrongFormat for another file."""
+    if lora.file is None:
+        raise WrongFormat(f'"{lora.name}" is no LoRA\'s file.', hint="name one of [models]")
+    if lora.layout.kind in ("checkpoint", "unet", "vae", "text_encoder"):
+        raise WrongFormat(
+            f'"{lora.name}" is a {lora.layout.kind.replace("_", " ")}, no LoRA.',
+            file=lora.file.path,
+            hint="name the model first, then the LoRA files",
+        )
+    return match(read_adapter(lora.file), model.layout)
+
+
+def _notes(lora: Model, matched: Matched) -> list[str]:
+    """What of a file is left out, and why."""
+    if not matched.unmatched:
+        return []
+    by_reason: dict[str, list[str]] = {}
+    for each in matched.unmatched:
+        by_reason.setdefault(each.why, []).append(shown(each.module.name))
+    notes = []
+    for why, modules in by_reason.items():
+        more = f" and {len(modules) - MOST_NOTED} more" if len(modules) > MOST_NOTED else ""
+        named = ", ".join(modules[:MOST_NOTED]) + more
+        notes.append(f'"{lora.name}": {count(len(modules), "module")} left out, {why}: {named}')
+    return notes
+
+
+def _use(module: Module, target: Target, strength: float) -> Use:
+    parts = algorithms.parts_for(target.kind, module.parts)
+    return Use(module.name, parts, target, strength, module.scale, module.name.startswith("oft_unet"))
+
+
+def _check(lora: Model, use: Use, reads: Sequence[Read], shape: tuple[int, ...]) -> None:
+    """Raises what is wrong with a module's parts, as far as their names and shapes tell."""
+    shapes = {part: read.shape for part, read in zip(use.parts, reads, strict=True)}
+    try:
+        algorithms.check(shapes, _shape(use.target, shape), use.target.kind)
+    except MergekitError as error:
+        assert lora.file
+        error.file, error.key = str(lora.file.path), error.key or use.module
+        raise
+
+
+def _changed(weight: Expression, uses: Sequence[tuple[Use, list[Read]]]) -> Expression:
+    """A tensor with all uses in it."""
+    reads = tuple(read for _, each in uses for read in each)
+    every = tuple(use for use, _ in uses)
+    if all(algorithms.is_additive(use.parts, use.target.kind) for use in every):
+        made = Apply(_DELTA, reads, {"uses": every, "shape": weight.shape}, weight.shape, F32)
+        return Apply(PAIR, (weight, made), {"factors": (1.0, 1.0)}, weight.shape, weight.dtype)
+    return Apply(_CHANGE, (weight, *reads), {"uses": every}, weight.shape, weight.dtype)
+
+
+# --- what is computed ------------------------------------------------------------------------------------
+
+
+def _delta(*parts: Tensor, uses: Sequence[Use], shape: tuple[int, ...], out: Any = None) -> Tensor:  # noqa: ARG001
+    """The sum of what several modules add to one tensor."""
+    total = torch.zeros(shape, device=parts[0].device)
+    for use, own in _dealt(uses, parts):
+        part = _part(total, use.target)
+        part += algorithms.delta(own, tuple(part.shape), use.target.kind).mul_(use.strength)
+    return total
+
+
+def _change(weight: Tensor, *parts: Tensor, uses: Sequence[Use], out: Any = None) -> Tensor:  # noqa: ARG001
+    """The tensor after several modules, one after the other."""
+    result = weight.clone()
+    for use, own in _dealt(uses, parts):
+        part = _part(result, use.target)
+        changed = algorithms.apply(part, own, use.strength, use.target.kind, kohya_oft=use.kohya_oft)
+        part.copy_(changed)
+    return result
+
+
+def _dealt(uses: Sequence[Use], parts: Sequence[Tensor]) -> list[tuple[Use, dict[str, Tensor]]]:
+    """Each use with its own parts by name; the scale that settings say is one of them."""
+    dealt = []
+    rest = iter(parts)
+    for use in uses:
+        own = {name: next(rest) for name in use.parts}
+        if use.scale is not None:
+            own["scale"] = torch.tensor(use.scale, device=parts[0].device)
+        dealt.append((use, own))
+    return dealt
+
+
+def _part(whole: Tensor, target: Target) -> Tensor:
+    """The rows of a tensor that a target is, as its layer has them."""
+    if target.rows:
+        index, of = target.rows
+        size = whole.shape[0] // of
+        whole = whole[index * size : (index + 1) * size]
+    return whole.T if target.transposed else whole
+
+
+def _shape(target: Target, whole: tuple[int, ...]) -> tuple[int, ...]:
+    rows = (whole[0] // target.rows[1], *whole[1:]) if target.rows else whole
+    return rows[::-1] if target.transposed else rows
+
+
+_INJECT = replace(OPERATIONS["inject_lora"], operands=(), by="tensor", planned=False)
+_DELTA = replace(_INJECT, function=_delta)
+_CHANGE = replace(_INJECT, function=_change)
