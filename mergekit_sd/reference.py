@@ -16,7 +16,7 @@ from typing import Any
 
 from mergekit_sd.errors import UsageError
 from mergekit_sd.operations import OPERATIONS, PURPOSES, Operand, Operation, Parameter
-from mergekit_sd.operations.types import ChoiceKind, FormulaKind, Key, ListKind, NumberKind
+from mergekit_sd.operations.types import ChoiceKind, FormulaKind, Key, ListKind, NumberKind, SettingKind
 from mergekit_sd.text import did_you_mean, shown
 
 ANY = 0.37  # stands for any number when folds are looked for
@@ -154,6 +154,8 @@ def parameter_words(parameter: Parameter) -> str:
     default = "must be given" if parameter.default is None else f"{_plain_value(parameter.default)} unless given"
     if isinstance(kind, ChoiceKind):
         return f"{default}; one of {', '.join(map(str, kind.options))}"
+    if isinstance(kind, SettingKind):
+        return f"{default}; {_range(kind)}"
     if isinstance(kind, ListKind):
         return f"{default}; numbers: {', '.join(kind.names)}"
     if isinstance(kind, FormulaKind):
@@ -165,11 +167,20 @@ def parameter_words(parameter: Parameter) -> str:
     return f"{default}; {per}, {low} to {high} (beyond: extrapolate = true)"
 
 
+def _range(kind: SettingKind) -> str:
+    number = "a whole number" if kind.whole else "a number"
+    if kind.high is None:
+        return number if kind.low is None else f"{number} from {kind.low:g}"
+    return f"{number}, {kind.low or 0:g} to {kind.high:g}"
+
+
 def parameter_forms(parameter: Parameter) -> str:
     """What may be written for it, for a command's help."""
     kind = parameter.kind
     if isinstance(kind, ChoiceKind):
         return f"One of {', '.join(map(str, kind.options))}"
+    if isinstance(kind, SettingKind):
+        return _range(kind).capitalize()
     if isinstance(kind, ListKind):
         return f"Numbers: {', '.join(kind.names)}"
     if isinstance(kind, FormulaKind):
@@ -203,6 +214,7 @@ COMMANDS = {
     "fix": "fix a.safetensors",
     "extract": "extract a.safetensors --component vae",
     "replace": "bake-vae a.safetensors b.safetensors",
+    "extract_lora": "lora extract tuned.safetensors base.safetensors --rank 32",
     "inject_lora": "lora inject model.safetensors style.safetensors:0.8",
 }
 

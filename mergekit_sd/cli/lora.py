@@ -11,14 +11,60 @@ import click
 import mergekit_sd as mk
 from mergekit_sd.cli.one_shot import carry_out, one_shot_options
 from mergekit_sd.errors import UsageError
-from mergekit_sd.text import shown
+from mergekit_sd.text import count, shown, size
 
+RULES = ("fixed", "threshold", "ratio", "quantile", "norm", "error")
 STRENGTHS = 2  # of the text encoders and the UNet
 
 
 @click.group("lora")
 def lora_command() -> None:
     """Work with LoRA files and their relatives (LoCon, LoHa, LoKr, DoRA, OFT, …)."""
+
+
+@lora_command.command("extract")
+@click.argument("tuned", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path(path_type=Path))
+@click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of linear layers.")
+@click.option("--conv-rank", type=click.IntRange(0), default=0, show_default=True, help="Of convolutions; 0: none.")
+@click.option("--rule", type=click.Choice(RULES), default="fixed", show_default=True, help="How each rank is found.")
+@click.option("--amount", type=float, default=0.9, show_default=True, help="The rule's number.")
+@click.option("--size-mb", type=float, default=0.0, help="A size shared out over the layers by what they gain.")
+@click.option(
+    "--text-encoder",
+    type=click.Choice(["keep", "drop", "threshold"]),
+    default="keep",
+    show_default=True,
+    help="threshold: dropped where nothing changed by more than --min-diff.",
+)
+@click.option("--min-diff", type=float, default=0.01, show_default=True, help="For --text-encoder threshold.")
+@click.option("--clamp", type=float, default=1.0, show_default=True, help="Cut factors off at this quantile.")
+@click.option(
+    "--style", type=click.Choice(["kohya", "comfyui"]), default="kohya", show_default=True, help="Whose names."
+)
+@one_shot_options(dtype="fp16")
+@click.pass_obj
+def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, **options: Any) -> int:
+    """Make a LoRA of what TUNED has learnt over BASE: base with it is nearly tuned."""
+    names = ("rank", "conv_rank", "rule", "amount", "size_mb", "text_encoder", "min_diff", "clamp", "style")
+    settings = {name: options.pop(name) for name in names}
+    node = mk.ops.extract_lora(mk.open(tuned), mk.open(base), **settings)
+    return carry_out(token, node, tell=_tell_extracted, **options)
+
+
+def _tell_extracted(report: mk.RunReport) -> None:
+    """What the factors keep of the change, block by block."""
+    made = report.outputs[0]
+    found = made.lora
+    kept = "nothing has changed" if found["kept"] is None else f"{found['kept']:.1%} of the change kept"
+    click.echo(f"{shown(str(made.path))}: {count(found['layers'], 'layer')}, {size(made.bytes)}, {kept}")
+    for component, greatest in found["dropped"].items():
+        click.echo(f"  left out: {component}, which changed by at most {greatest:.2g}")
+    if found["unchanged"]:
+        click.echo(f"  {count(found['unchanged'], 'layer')} had not changed")
+    cells = [f"{block:15} {each['kept']:7.1%}" for block, each in found["blocks"].items() if each["kept"] is not None]
+    for start in range(0, len(cells), 3):
+        click.echo("  " + "   ".join(cells[start : start + 3]))
 
 
 @lora_command.command("inject")
@@ -42,12 +88,13 @@ def inject_command(
     more = {"blocks": blocks} if blocks else {}
     entries = [{**_entry(text), **more} for text in loras]
     node = mk.ops.inject_lora(mk.open(model), entries)
-    return carry_out(token, node, keys={"junk": "keep", "ema": "keep"}, **options)
+    return carry_out(token, node, **options)
 
 
 def _entry(text: str) -> dict[str, Any]:
     """A file and its strengths; a colon of the file's own name stays with it."""
-    path, numbers = text, []
+    path = text
+    numbers: list[float] = []
     while len(numbers) < STRENGTHS and not Path(path).exists():
         start, colon, end = path.rpartition(":")
         try:

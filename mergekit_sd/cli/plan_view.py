@@ -127,6 +127,10 @@ def _print_output(out: Any, output: dict[str, Any]) -> None:
     tensors = output["tensors"]
     _say(out, 0, f"output {shown(output['name'])}: {shown(output['path'])}")
     predicts = f", predicts {output['prediction']}" if output["prediction"] else ""
+    if "layers" in output:
+        _say(out, 2, f"a LoRA for {what}, {count(output['layers'], 'layer')}, about {size(output['bytes'])}")
+        out.print()
+        return
     made = f"{what}{predicts}, {size(output['bytes'])}, {count(tensors['total'], 'tensor')} ({dtypes})"
     _say(out, 2, made, wrap=True)
     _say(out, 2, made_counts({how: tensors[how] for how in ("merged", "cast", "copied", "constant")}, {}))

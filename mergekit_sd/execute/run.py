@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mergekit_sd.errors import Cancelled, PinMismatch
 from mergekit_sd.events import CancelToken, Listener, Noted, OutputFinished, OutputStarted, Progressed, ignore
 from mergekit_sd.execute.compare import Comparison
 from mergekit_sd.execute.ledger import Leaves, Ledger
+from mergekit_sd.execute.making import Nowhere, constants_of, data_hash
 from mergekit_sd.execute.memory import check_device, memory_of
 from mergekit_sd.execute.surveys import needed_surveys, survey_models
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
@@ -91,6 +92,8 @@ class OutputReport:
     clamped: Mapping[str, int]
     nonfinite: Mapping[str, int]
     seconds: float
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    """Of a LoRA: what its factors keep of the change."""
 
     def as_json(self) -> dict[str, object]:
         """The report as plain data."""
@@ -210,6 +213,13 @@ def check_pins(
     """The file hashes that are pinned or asked for (`every`), by input. Raises PinMismatch before a byte is written."""
     pins = {number: plan.recipe.models[source.name].sha256 for number, source in enumerate(plan.inputs)}
     wanted = [n for n, pin in pins.items() if pin or every]
+    for source in (plan.inputs[n] for n in wanted):
+        if source.file.parts:
+            raise plan.recipe.error(
+                f'"{source.name}" is a folder of several files, which has no sha256.',
+                ("models", source.name),
+                hint="do without sha256 and --metadata webui, or write it as one file first: mergekit-sd prune",
+            )
     files = dict(zip(wanted, _hashed([plan.inputs[n].file.path for n in wanted], cancel, hasher), strict=True))
     for number, hashes in files.items():
         pin, source = pins[number], plan.inputs[number]
@@ -241,9 +251,9 @@ def _hashed(paths: Sequence[Path], cancel: CancelToken | None, hasher: FileHashe
 
 def write_output(run: _Run, output: PlannedOutput) -> OutputReport:
     """One pass: the finished file stands under its name, or nothing has changed."""
-    output = place_output(run.plan, output, run.files)
     torch.float32  # noqa: B018  import torch before a temporary file exists: Ctrl-C may cut it short
     begun = time.monotonic()
+    output = place_output(run.plan, made_output(run, output) if output.making else output, run.files)
     run.on_event(OutputStarted(output.name, str(output.path), output.size))
     with run.cancel.guarded(), OutputFile(output.path, output.size) as target:
         report = stream(run, output, target)
@@ -252,6 +262,26 @@ def write_output(run: _Run, output: PlannedOutput) -> OutputReport:
     seconds = time.monotonic() - begun
     run.on_event(OutputFinished(output.name, str(output.path), output.size, report.content_hash, seconds))
     return replace(report, seconds=seconds)
+
+
+def made_output(run: _Run, output: PlannedOutput) -> PlannedOutput:
+    """An output whose tensors had to be made first, with them as constants."""
+    assert output.making
+    survey, begun, total = output.making.survey, time.monotonic(), output.read_bytes
+    ledger = Ledger(run.leaves)
+    run.on_event(OutputStarted(output.name, str(output.path), total))
+
+    def tell() -> None:
+        run.on_event(Progressed(output.name, min(ledger.done, total), total, time.monotonic() - begun))
+
+    if not survey.done:
+        with _opened(run.plan) as inputs:
+            _work(output, inputs, Nowhere(), ledger, run, tell)
+            for source in inputs:
+                source.check_unchanged()
+    tensors = constants_of(output, survey.result.tensors)
+    labels = {**output.making.metadata(survey.result), "sshs_model_hash": data_hash(tensors)}
+    return replace(output, tensors=tensors, labels=labels)
 
 
 def stream(run: _Run, output: PlannedOutput, sink: Sink) -> OutputReport:
@@ -288,6 +318,7 @@ def stream(run: _Run, output: PlannedOutput, sink: Sink) -> OutputReport:
         {name: finding.elements for name, finding in sorted(ledger.clamped.items())},
         {name: finding.elements for name, finding in sorted(ledger.nonfinite.items())},
         time.monotonic() - begun,
+        output.making.report(output.making.survey.result) if output.making else {},
     )
 
 
@@ -375,6 +406,9 @@ def _work(
         for survey in needed_surveys(output):
             run.on_event(Noted(f'step "{survey.step}": looking at the whole models first'))
             _wait([partial(survey_models, survey, new_worker, number)], tell, run.cancel, stop.set)
+        if output.making and not output.making.survey.done:
+            make = partial(survey_models, output.making.survey, new_worker, number, kept=run.options.hashing)
+            _wait([make], tell, run.cancel, stop.set)
         _wait([work] * number, tell, run.cancel, stop.set)
     finally:
         torch.set_num_threads(threads)  # the workers' 1 is also what threads begun later would get

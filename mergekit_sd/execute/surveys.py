@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 
 def needed_surveys(output: PlannedOutput) -> list[Survey]:
-    """The surveys that an output waits for, those that others need first; done ones left out."""
+    """The surveys that an output waits for, those that others need first; done ones left out.
+
+    The one that makes its tensors is no such.
+    """
     order: dict[int, Survey] = {}
 
     def visit(survey: Survey) -> None:
@@ -36,22 +39,28 @@ def needed_surveys(output: PlannedOutput) -> list[Survey]:
         if tensor.how == "merged":
             for survey in tensor.program.surveys:
                 visit(survey)
+    if output.making:
+        visit(output.making.survey)
+        order.pop(id(output.making.survey), None)
     return list(order.values())
 
 
-def survey_models(survey: Survey, worker: Callable[[], Worker], threads: int) -> None:
-    """Make a survey, and keep what it found. `worker` makes a worker; one is made for each thread."""
+def survey_models(survey: Survey, worker: Callable[[], Worker], threads: int, *, kept: bool = False) -> None:
+    """Make a survey, and keep what it found. `worker` makes a worker; one is made for each thread.
+
+    `kept`: what is read is hashed.
+    """
     assert survey.operation.survey
     with ThreadPoolExecutor(threads) as pool:
-        survey.result = survey.operation.survey(_Models(survey, worker, pool))
+        survey.result = survey.operation.survey(_Models(survey, worker, pool, kept))
     survey.done = True
 
 
 class _Models:
     """`operations.survey.Models` over the expressions of a plan."""
 
-    def __init__(self, survey: Survey, worker: Callable[[], Worker], pool: ThreadPoolExecutor) -> None:
-        self._survey, self._new_worker, self._pool = survey, worker, pool
+    def __init__(self, survey: Survey, worker: Callable[[], Worker], pool: ThreadPoolExecutor, kept: bool) -> None:
+        self._survey, self._new_worker, self._pool, self._kept = survey, worker, pool, kept
         self._own = threading.local()
 
     @property
@@ -80,7 +89,7 @@ class _Models:
 
     def _made(self, name: str) -> tuple[Tensor, ...]:
         programs = [(compile_expression(operand), operand.shape) for operand in self._survey.operands[name]]
-        return tuple(self._worker().whole(program, shape) for program, shape in programs)
+        return tuple(self._worker().whole(program, shape, kept=self._kept) for program, shape in programs)
 
     def _worker(self) -> Worker:
         if not hasattr(self._own, "worker"):

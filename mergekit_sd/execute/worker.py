@@ -27,6 +27,8 @@ from mergekit_sd.planning.expression import (
     Program,
     Read,
     RestChannels,
+    Rows,
+    Transposed,
     operands_of,
 )
 from mergekit_sd.planning.values import PlannedTensor
@@ -81,10 +83,15 @@ class Worker:
         """Around all that it does on its thread."""
         return self._memory.at_work()
 
-    def whole(self, program: Program, shape: Sequence[int]) -> Tensor:
-        """A program's result for a whole tensor, in float32; nothing is hashed or written."""
-        held = self._held(program, {})
-        return self._made(program.instructions, program.registers, math.prod(shape), held, {}).reshape(tuple(shape))
+    def whole(self, program: Program, shape: Sequence[int], *, kept: bool = False) -> Tensor:
+        """A program's result for a whole tensor, in float32; nothing is written. `kept`: what is read is hashed."""
+        hashers = {id(read): self._hasher() for read in program.reads} if kept else {}
+        held = self._held(program, unread := dict(hashers))
+        made = self._made(program.instructions, program.registers, math.prod(shape), held, unread)
+        for read in program.reads if kept else ():
+            self._keep_read(hashers[id(read)], read, 0)
+            self._ledger.advance(read.tensor.nbytes)
+        return made.reshape(tuple(shape))
 
     # --- bytes that do not change ----------------------------------------------------------------
 
@@ -303,5 +310,9 @@ def _applied(node: Expression, sources: list[Tensor], start: int, out: Tensor | 
             whole = sources[1].clone()
             whole[:, : sources[0].shape[1]] = sources[0]
             return whole
+        case Rows():
+            return sources[0].chunk(node.of)[node.index].contiguous()
+        case Transposed():
+            return sources[0].T.contiguous()
         case _:
             raise TypeError(type(node).__name__)

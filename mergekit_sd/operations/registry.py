@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal, TypeVar, get_args
 
-from mergekit_sd.operations.types import ChoiceKind, ContextKind, FormulaKind, ListKind, NumberKind, OperandKind, Space
+from mergekit_sd.operations.types import (
+    ChoiceKind,
+    ContextKind,
+    FormulaKind,
+    ListKind,
+    NumberKind,
+    OperandKind,
+    SettingKind,
+    Space,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 By = Literal["element", "row", "tensor", "model"]
@@ -48,7 +57,7 @@ class Parameter:
 
     name: str
     default: Any
-    kind: NumberKind | ChoiceKind | ListKind | FormulaKind
+    kind: NumberKind | SettingKind | ChoiceKind | ListKind | FormulaKind
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,7 @@ def _read_signature(function: Callable[..., Any]) -> dict[str, Any]:
         kind = _word(parameter.annotation)
         if isinstance(kind, OperandKind):
             operands.append(Operand(name, kind.space, kind.many, kind.optional))
-        elif isinstance(kind, NumberKind | ChoiceKind | ListKind | FormulaKind):
+        elif isinstance(kind, NumberKind | SettingKind | ChoiceKind | ListKind | FormulaKind):
             default = None if parameter.default is inspect.Parameter.empty else parameter.default
             parameters.append(Parameter(name, default, kind))
         elif isinstance(kind, ContextKind):

@@ -57,6 +57,15 @@ class ChoiceKind:
 
 
 @dataclass(frozen=True, slots=True)
+class SettingKind:
+    """A number for the whole step, within bounds. `whole`: a whole number."""
+
+    low: float | None = None
+    high: float | None = None
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ListKind:
     """A list of numbers with a meaning each, for the whole step; what is left out at the end is 0."""
 
@@ -94,6 +103,7 @@ Weight = Annotated[Tensor, OperandKind("weight")]
 Delta = Annotated[Tensor, OperandKind("delta")]
 Same = Annotated[Tensor, OperandKind("same")]
 Weights = Annotated[Sequence[Tensor], OperandKind("weight", many=True)]
+Lora = Annotated[Any, OperandKind("lora")]
 Loras = Annotated[Sequence[Any], OperandKind("lora", many=True)]
 Sames = Annotated[Sequence[Tensor], OperandKind("same", many=True)]
 # Default None; `Optional` because it is evaluated, and Tensor is Any then.

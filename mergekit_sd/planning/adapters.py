@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergekit_sd.adapters import algorithms
+from mergekit_sd.adapters.algorithms import apply, apply_bias, check, check_bias, delta_of, identify
 from mergekit_sd.adapters.matching import Matched, match
 from mergekit_sd.adapters.names import Module, read_adapter
+from mergekit_sd.adapters.styles import BIAS_PARTS
 from mergekit_sd.adapters.targets import Target
 from mergekit_sd.architectures import Role
 from mergekit_sd.errors import MergekitError, WrongFormat
@@ -41,6 +42,7 @@ class Use:
     target: Target
     strength: float
     scale: float | None
+    additive: bool
     kohya_oft: bool
 
 
@@ -58,9 +60,8 @@ def inject_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[
         for found in matched.matches:
             for target in found.targets:
                 if strengths.get(target.tensor) and target.tensor in model.tensors:
-                    one = _use(found.module, target, strengths[target.tensor])
+                    one = _use(lora, found.module, target, strengths[target.tensor], model.tensors[target.tensor].shape)
                     reads = [Read(lora.origin, found.module.parts[part]) for part in one.parts]
-                    _check(lora, one, reads, model.tensors[target.tensor].shape)
                     uses.setdefault(target.tensor, []).append((one, reads))
     changed = {name: _changed(model.tensors[name], each) for name, each in uses.items()}
     report = StepReport(
@@ -107,27 +108,25 @@ def _notes(lora: Model, matched: Matched) -> list[str]:
     return notes
 
 
-def _use(module: Module, target: Target, strength: float) -> Use:
-    parts = algorithms.parts_for(target.kind, module.parts)
-    return Use(module.name, parts, target, strength, module.scale, module.name.startswith("oft_unet"))
-
-
-def _check(lora: Model, use: Use, reads: Sequence[Read], shape: tuple[int, ...]) -> None:
-    """Raises what is wrong with a module's parts, as far as their names and shapes tell."""
-    shapes = {part: read.shape for part, read in zip(use.parts, reads, strict=True)}
+def _use(lora: Model, module: Module, target: Target, strength: float, shape: tuple[int, ...]) -> Use:
+    """A module's part in a tensor of that shape. Raises what is wrong with its parts, as far as headers tell."""
+    of_bias = target.kind == "bias"
+    parts = {name: part for name, part in module.parts.items() if (name in BIAS_PARTS) == of_bias}
     try:
-        algorithms.check(shapes, _shape(use.target, shape), use.target.kind)
+        (check_bias if of_bias else check)(parts, _shape(target, shape))
     except MergekitError as error:
         assert lora.file
-        error.file, error.key = str(lora.file.path), error.key or use.module
+        error.file, error.key = str(lora.file.path), error.key or module.name
         raise
+    additive = of_bias or identify(parts).additive
+    return Use(module.name, tuple(parts), target, strength, module.scale, additive, module.name.startswith("oft_unet"))
 
 
 def _changed(weight: Expression, uses: Sequence[tuple[Use, list[Read]]]) -> Expression:
     """A tensor with all uses in it."""
     reads = tuple(read for _, each in uses for read in each)
     every = tuple(use for use, _ in uses)
-    if all(algorithms.is_additive(use.parts, use.target.kind) for use in every):
+    if all(use.additive for use in every):
         made = Apply(_DELTA, reads, {"uses": every, "shape": weight.shape}, weight.shape, F32)
         return Apply(PAIR, (weight, made), {"factors": (1.0, 1.0)}, weight.shape, weight.dtype)
     return Apply(_CHANGE, (weight, *reads), {"uses": every}, weight.shape, weight.dtype)
@@ -141,7 +140,10 @@ def _delta(*parts: Tensor, uses: Sequence[Use], shape: tuple[int, ...], out: Any
     total = torch.zeros(shape, device=parts[0].device)
     for use, own in _dealt(uses, parts):
         part = _part(total, use.target)
-        part += algorithms.delta(own, tuple(part.shape), use.target.kind).mul_(use.strength)
+        if use.target.kind == "bias":
+            part.copy_(apply_bias(part, own, use.strength))
+        else:
+            part.add_(delta_of(own, tuple(part.shape)), alpha=use.strength)
     return total
 
 
@@ -150,8 +152,7 @@ def _change(weight: Tensor, *parts: Tensor, uses: Sequence[Use], out: Any = None
     result = weight.clone()
     for use, own in _dealt(uses, parts):
         part = _part(result, use.target)
-        changed = algorithms.apply(part, own, use.strength, use.target.kind, kohya_oft=use.kohya_oft)
-        part.copy_(changed)
+        part.copy_(apply(part, own, use.strength, kohya_oft=use.kohya_oft))
     return result
 
 

@@ -24,9 +24,9 @@ from mergekit_sd.planning.paths import Finder, Findings, check_apart, check_new,
 from mergekit_sd.planning.planned import follow_step
 from mergekit_sd.planning.prediction import file_prediction, output_prediction
 from mergekit_sd.planning.vae import mixed_vaes
-from mergekit_sd.planning.values import How, Input, MetadataStyle, Plan, PlannedOutput, PlannedTensor
+from mergekit_sd.planning.values import How, Input, Making, MetadataStyle, Plan, PlannedOutput, PlannedTensor
 from mergekit_sd.recipe.graph import reachable
-from mergekit_sd.recipe.load import Recipe
+from mergekit_sd.recipe.load import OutputSpec, Recipe
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
     targets = resolve_outputs(recipe, names, options.output_root, options.anywhere)
     check_apart(recipe, paths, targets)
     inputs = _open_inputs(paths)
+    for each in inputs.values():
+        for part in each.file.parts:
+            check_apart(recipe, {each.name: part.path}, targets)
     models, steps, mixed = _follow_steps(recipe, used.steps, inputs)
     outputs = tuple(_plan_output(recipe, name, targets[name], models, inputs) for name in names)
     unbaked = reachable(recipe, [name for name in names if not recipe.outputs[name].vae]).steps
@@ -131,6 +134,8 @@ def _plan_output(
     """An output with all but offsets: those need the header's length, which needs every output's reads."""
     spec = recipe.outputs[name]
     model = models[spec.model]
+    if model.making:
+        return _plan_making(spec, path, model, list(inputs.values()))
     places = model.layout.places
     unets = {read.input for key, e in model.tensors.items() if places[key].component == "unet" for read in reads_of(e)}
     if unets and model.origin not in unets:
@@ -141,6 +146,12 @@ def _plan_output(
     )
     prediction = output_prediction(recipe, spec, [each for n, each in enumerate(inputs.values()) if n in unets])
     return PlannedOutput(spec, path, 0, model.layout, prediction, tensors, dropped)
+
+
+def _plan_making(spec: OutputSpec, path: Path, model: Model, inputs: Sequence[Input]) -> PlannedOutput:
+    """An output whose tensors are made before the file is laid out."""
+    making: Making = model.making
+    return PlannedOutput(spec, path, making.size, model.layout, inputs[model.origin].prediction, (), {}, making)
 
 
 def _planned(draft: Draft, info: TensorInfo) -> PlannedTensor:
@@ -157,6 +168,8 @@ def _how(expression: Expression, dtype: Dtype) -> How:
 
 def place_output(plan: Plan, output: PlannedOutput, files: Mapping[int, FileHashes]) -> PlannedOutput:
     """The output with every tensor at its offset. `files`: the file hashes that its metadata will hold."""
+    if output.making and not output.tensors:
+        return output
     header = layout_output(plan, output, {}, files)
     tensors = tuple(replace(tensor, info=header.tensors[tensor.info.name]) for tensor in output.tensors)
     return replace(output, tensors=tensors, size=header.size)

@@ -35,7 +35,7 @@ def build_metadata(
     metadata = {"format": "pt"}
     if plan.metadata == "none":
         return metadata
-    metadata |= _modelspec(plan, output)
+    metadata |= {**_modelspec(plan, output), **output.labels}
     metadata[RECIPE_KEY] = canonical_json(recipe_of_output(plan, output, content))
     if plan.metadata == "webui":
         metadata |= _a1111(plan, output, files)
@@ -99,7 +99,7 @@ def _modelspec(plan: Plan, output: PlannedOutput) -> dict[str, str]:
     published, resolution = architecture.published_as("epsilon" if output.prediction == "epsilon" else None)
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": published,
+        "architecture": f"{published}/lora" if output.making else published,
         "implementation": IMPLEMENTATION,
         "title": plan.recipe.title or output.name,
         "resolution": f"{resolution}x{resolution}",

@@ -42,6 +42,8 @@ class Model:
     origin: int
     file: ModelFile | None = None
     """Where it is a file as it is."""
+    making: Any = None
+    """Of a LoRA that a step makes: its `planning.values.Making`."""
 
     def mergeable(self) -> list[str]:
         """The names that operations work on: floating-point weights, neither junk nor schedule."""

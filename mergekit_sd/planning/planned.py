@@ -11,7 +11,9 @@ from dataclasses import replace
 from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.operations.planned import PAIR
 from mergekit_sd.planning import surgery
+from mergekit_sd.planning.adapters import inject_loras
 from mergekit_sd.planning.expression import Apply, Expression, RestChannels
+from mergekit_sd.planning.lora import extract_lora
 from mergekit_sd.planning.models import (
     Model,
     StepReport,
@@ -30,9 +32,9 @@ def follow_step(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[M
     if step.formula:
         return _apply_formula(step, step.formula, operands)
     if step.operation.name == "inject_lora":
-        from mergekit_sd.planning.adapters import inject_loras
-
         return inject_loras(step, operands, seed if step.seed is None else step.seed)
+    if step.operation.name == "extract_lora":
+        return extract_lora(step, operands, seed)
     if step.operation.name in SURGERY:
         model = SURGERY[step.operation.name](*operands.values(), **step.settings)
         return replace(model, name=step.name), _unchanged(step, model, operands)

@@ -76,4 +76,5 @@ def _output(output: PlannedOutput) -> dict[str, Any]:
         "tensors": {"total": len(output.tensors), **output.counted()},
         "dropped": {reason: list(names) for reason, names in output.dropped.items()},
         "read_bytes": output.read_bytes,
+        **({"layers": len(output.making.survey.operands)} if output.making else {}),
     }

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mergekit_sd.architectures import Layout
 from mergekit_sd.formats.tensor import ModelFile, TensorInfo
-from mergekit_sd.planning.expression import Expression, Program, Read, compile_expression, reads_of
+from mergekit_sd.planning.expression import Expression, Program, Read, Survey, compile_expression, reads_of
 from mergekit_sd.planning.models import StepReport
 from mergekit_sd.recipe.load import OutputSpec, Recipe
 
@@ -48,6 +48,24 @@ class Input:
     prediction: str | None
 
 
+@dataclass(frozen=True, eq=False)
+class Making:
+    """How the tensors of a file are made whose number and shapes only the making tells: a LoRA's.
+
+    `survey`'s result has the `tensors`, float32, by name. `size`: about the bytes that they take. `metadata`
+    tells of the result what a file says of itself, `report` what people are told.
+    """
+
+    survey: Survey
+    size: int
+    metadata: Callable[[Any], Mapping[str, str]]
+    report: Callable[[Any], Mapping[str, Any]]
+
+    def reads(self) -> list[Read]:
+        """The tensors that it is made of."""
+        return [read for operands in self.survey.operands.values() for each in operands for read in reads_of(each)]
+
+
 @dataclass(frozen=True)
 class PlannedOutput:
     """An output file before it exists: every tensor's place, and what stays behind."""
@@ -60,6 +78,10 @@ class PlannedOutput:
     tensors: tuple[PlannedTensor, ...]
     dropped: Mapping[str, tuple[str, ...]]
     """What the first operand has and the output has not, by reason: "ema", "junk", "marker"."""
+    making: Making | None = None
+    """Of a LoRA: `tensors` are known once they are made."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """More metadata of its own."""
 
     @property
     def name(self) -> str:
@@ -83,15 +105,16 @@ class PlannedOutput:
     def reads(self) -> dict[int, dict[str, Read]]:
         """What is read of which input: by its number, then by the tensor's name in its file."""
         found: dict[int, dict[str, Read]] = {}
-        for tensor in self.tensors:
-            for read in tensor.reads:
-                found.setdefault(read.input, {})[read.tensor.name] = read
+        made = self.making.reads() if self.making else []
+        for read in (*made, *(read for tensor in self.tensors for read in tensor.reads)):
+            found.setdefault(read.input, {})[read.tensor.name] = read
         return found
 
     @property
     def read_bytes(self) -> int:
         """Bytes that the pass reads, each tensor of an input once for every tensor made of it."""
-        return sum(read.tensor.nbytes for tensor in self.tensors for read in tensor.reads)
+        made = self.making.reads() if self.making else []
+        return sum(read.tensor.nbytes for read in (*made, *(r for tensor in self.tensors for r in tensor.reads)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing_extensions import TypeAliasType
 
 from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
 from mergekit_sd.operations import Operand, Parameter
-from mergekit_sd.operations.types import ChoiceKind, FormulaKind, ListKind
+from mergekit_sd.operations.types import ChoiceKind, FormulaKind, ListKind, SettingKind
 from mergekit_sd.recipe.positions import described
 from mergekit_sd.recipe.samplers import SAMPLERS
 from mergekit_sd.recipe.weights import WEIGHTS_SCHEMA
@@ -160,6 +160,9 @@ def parameter_field(parameter: Parameter) -> tuple[Any, Any]:
     kind, default = parameter.kind, ... if parameter.default is None else parameter.default
     if isinstance(kind, ChoiceKind):
         return Annotated[Any, _one_of(parameter.name, kind.options), _enum(kind.options)], Field(default)
+    if isinstance(kind, SettingKind):
+        number: Any = int if kind.whole else float
+        return number, Field(default, ge=kind.low, le=kind.high, allow_inf_nan=None if kind.whole else False)
     if isinstance(kind, ListKind):
         described = f"Numbers, or text with commas: {', '.join(kind.names)}; what is left out is 0."
         check = _numbers(parameter.name, kind.names)

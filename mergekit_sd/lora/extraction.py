@@ -1,0 +1,201 @@
+"""Extracting a LoRA: the change between two models, layer by layer, as low-rank factors.
+
+Owns which layers are kept at which rank, and what is told of it. Must not know files or plans: it
+gets the weights of each layer from a survey, on threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+from mergekit_sd.adapters.styles import Style, key_of
+from mergekit_sd.adapters.targets import Layer, Target
+from mergekit_sd.lazy import torch
+from mergekit_sd.lora.ranks import Candidate, Rule, share_out
+from mergekit_sd.lora.svd import Decomposition, svd_by_rule
+from mergekit_sd.operations.draws import Draw
+from mergekit_sd.operations.survey import Models
+from mergekit_sd.operations.types import Key, Tensor
+
+MIB = 1 << 20
+ENCODERS: TypeAlias = Literal["keep", "drop", "threshold"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user says of an extraction.
+
+    `rule`: for linear layers and 1×1 convolutions, `conv_rule` for the others (None: they stay out).
+    `size`: bytes for all factors together, shared out by what each rank gains; the rules then limit
+    ranks. `clamp`: the quantile of |values| at which factors are cut off, 1 for not at all.
+    `text_encoder` "threshold" leaves an encoder out whose greatest change is at most `min_diff`.
+    `itemsize`: bytes of a value in the file.
+    """
+
+    rule: Rule
+    conv_rule: Rule | None = None
+    size: int | None = None
+    clamp: float = 1.0
+    text_encoder: ENCODERS = "keep"
+    min_diff: float = 0.01
+    style: Style = "kohya"
+    itemsize: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A layer whose change is extracted: what the file will call it, and its weight in the models."""
+
+    module: str
+    layer: Layer
+    target: Target
+    block: str
+    shape: tuple[int, ...]
+    """Of the layer's weight, (out, in, …)."""
+
+    @property
+    def is_spatial(self) -> bool:
+        """Whether it is a convolution over more than one pixel."""
+        return math.prod(self.shape[2:]) > 1
+
+    @property
+    def cost(self) -> int:
+        """The values that one rank takes."""
+        return self.shape[0] + math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What became of a layer's change: its rank (0: left out), and how much of its norm the factors have."""
+
+    module: str
+    block: str
+    component: str
+    rank: int
+    values: int
+    energy: float
+    """‖ΔW‖²: the sum of the squares of the whole change."""
+    kept: float
+    """The sum of the squares of what the factors make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """The tensors of a LoRA file, float32, by their names there; and what became of each layer's change."""
+
+    tensors: Mapping[str, Tensor]
+    layers: tuple[Kept, ...]
+    dropped: Mapping[str, float] = field(default_factory=dict)
+    """The text encoders that were left out, with their greatest change."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    source: Source
+    greatest: float
+    parts: Decomposition | None
+    """None where nothing has changed."""
+
+
+def extraction(settings: Settings, sources: Mapping[str, Source], seed: int) -> Callable[[Models], Extracted]:
+    """A survey that extracts: of each key of `sources` it asks for the tuned model's tensor and the base's."""
+
+    def survey(models: Models) -> Extracted:
+        order = sorted(sources, key=lambda name: -math.prod(sources[name].shape))  # threads end together
+        by_key = {models.keys[name]: sources[name] for name in order}
+
+        def work(key: Key, operands: tuple[Tensor, ...]) -> _Found:
+            return _decomposed(by_key[key], operands, settings, seed)
+
+        found = dict(zip(order, models.map(work, order), strict=True))
+        return _chosen([found[name] for name in sources], settings)
+
+    return survey
+
+
+def _decomposed(source: Source, operands: tuple[Tensor, ...], settings: Settings, seed: int) -> _Found:
+    change = rows_of(operands[0], source.target) - rows_of(operands[1], source.target)
+    low, high = torch.aminmax(change)
+    greatest = max(-float(low), float(high))
+    if not greatest:
+        return _Found(source, 0.0, None)
+    rule = settings.conv_rule if source.is_spatial else settings.rule
+    assert rule is not None
+    parts = svd_by_rule(change.flatten(1), rule, draw=Draw(seed, source.module))
+    return _Found(source, greatest, parts)
+
+
+def rows_of(whole: Tensor, target: Target) -> Tensor:
+    """The rows of a checkpoint's tensor that a layer's weight is, as (out, in, …)."""
+    if target.rows:
+        index, of = target.rows
+        whole = whole.tensor_split(of)[index]
+    return whole.T if target.transposed else whole
+
+
+def _chosen(found: list[_Found], settings: Settings) -> Extracted:
+    """The factors that the settings let in, in the order of the layers."""
+    dropped = _dropped_encoders(found, settings)
+    held = [each for each in found if each.parts is not None and each.source.layer.component not in dropped]
+    if settings.size is not None:
+        held = _within(held, settings.size, settings.itemsize)
+    tensors: dict[str, Tensor] = {}
+    ranks = {each.source.module: each.parts for each in held if each.parts is not None}
+    for module, parts in ranks.items():
+        source = next(each.source for each in held if each.source.module == module)
+        tensors |= _written(source, parts, settings)
+    return Extracted(tensors, tuple(_kept(each, ranks.get(each.source.module)) for each in found), dropped)
+
+
+def _dropped_encoders(found: list[_Found], settings: Settings) -> dict[str, float]:
+    greatest: dict[str, float] = {}
+    for each in found:
+        component = each.source.layer.component
+        if component != "unet":
+            greatest[component] = max(greatest.get(component, 0.0), each.greatest)
+    if settings.text_encoder == "keep":
+        return {}
+    least = math.inf if settings.text_encoder == "drop" else settings.min_diff
+    return {component: change for component, change in greatest.items() if change <= least}
+
+
+def _within(held: list[_Found], size: int, itemsize: int) -> list[_Found]:
+    """The same with as much of each as is worth most within a size."""
+    candidates = [Candidate(each.parts.spectrum.values, each.source.cost * itemsize) for each in held if each.parts]
+    ranks = share_out(size, candidates)
+    return [
+        replace(each, parts=each.parts.first(rank))
+        for each, rank in zip(held, ranks, strict=True)
+        if rank and each.parts
+    ]
+
+
+def _written(source: Source, parts: Decomposition, settings: Settings) -> dict[str, Tensor]:
+    """A layer's factors under their names: up = U·S, down = Vᵀ, as kohya has them; alpha is the rank."""
+    rank = len(parts.s)
+    up = parts.u * parts.s.float()
+    down = parts.vh
+    if settings.clamp < 1:
+        most = torch.cat([up.flatten(), down.flatten()]).abs().quantile(settings.clamp)
+        up, down = up.clamp(-most, most), down.clamp(-most, most)
+    spatial = source.shape[2:]
+    made = {
+        "lora_down.weight": down.reshape(rank, source.shape[1], *spatial),
+        "lora_up.weight": up.reshape(source.shape[0], rank, *(1 for _ in spatial)),
+    }
+    if settings.style in ("kohya", "comfyui"):
+        made["alpha"] = torch.tensor(float(rank))
+    return {key_of(source.module, part, settings.style): tensor for part, tensor in made.items()}
+
+
+def _kept(found: _Found, parts: Decomposition | None) -> Kept:
+    source = found.source
+    energy = found.parts.energy if found.parts else 0.0
+    kept = float(parts.s.square().sum()) if parts else 0.0
+    rank = len(parts.s) if parts else 0
+    return Kept(
+        source.module, source.block, source.layer.component, rank, rank * source.cost, energy, min(kept, energy)
+    )

@@ -1,0 +1,184 @@
+"""LoRA files in the making: which layers of which models they are made of, and what they say of themselves.
+
+Owns the steps whose result is a LoRA. Must not know how factors are found (`lora.extraction`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mergekit_sd.adapters.targets import lora_name, targets_of
+from mergekit_sd.architectures import Architecture
+from mergekit_sd.errors import MissingTensors, ShapeMismatch, WrongFormat
+from mergekit_sd.lora.extraction import MIB, Extracted, Settings, Source, extraction
+from mergekit_sd.lora.ranks import Rule
+from mergekit_sd.operations.types import Key
+from mergekit_sd.planning.expression import Survey
+from mergekit_sd.planning.models import Model, StepReport, check_families
+from mergekit_sd.recipe.load import Step
+from mergekit_sd.text import count, listed
+
+_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_ITEMSIZE = 2  # of float16, which LoRAs are mostly written in
+
+
+def extract_lora(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[Model, StepReport]:
+    """The step's LoRA in the making, and its report."""
+    from mergekit_sd.planning.values import Making
+
+    check_families(operands)
+    tuned, base = operands.values()
+    settings = _settings(step.settings)
+    sources = _sources(tuned, base, settings)
+    operation = replace(step.operation, survey=extraction(settings, sources, seed if step.seed is None else step.seed))
+    survey = Survey(step.name, operation)
+    for module, source in sources.items():
+        survey.operands[module] = (tuned.tensors[source.target.tensor], base.tensors[source.target.tensor])
+        survey.keys[module] = Key(module, None, source.layer.component, source.block)
+    size = sum(min(_most(settings, source), *_sides(source)) * source.cost for source in sources.values()) * _ITEMSIZE
+    architecture = tuned.layout.architecture
+    assert architecture is not None
+    making = Making(
+        survey, min(size, settings.size or size), lambda made: _labels(architecture, settings, made), _report
+    )
+    report = StepReport(
+        step.name,
+        step.operation.name,
+        dict(step.operands),
+        {},
+        step.settings,
+        merged=len(sources),
+        folded=0,
+        carried=0,
+        kept=(),
+        dropped=(),
+        notes=tuple(_left_out(tuned, base, settings)),
+    )
+    return Model(step.name, "lora", tuned.layout, {}, tuned.origin, making=making), report
+
+
+def _settings(said: Mapping[str, Any]) -> Settings:
+    def rule(rank: int) -> Rule:
+        return Rule("fixed", rank) if said["rule"] == "fixed" else Rule(said["rule"], said["amount"], rank)
+
+    return Settings(
+        rule(said["rank"]),
+        rule(said["conv_rank"]) if said["conv_rank"] else None,
+        int(said["size_mb"] * MIB) or None,
+        said["clamp"],
+        said["text_encoder"],
+        said["min_diff"],
+        said["style"],
+    )
+
+
+def _sources(tuned: Model, base: Model, settings: Settings) -> dict[str, Source]:
+    """The layers that are extracted, by the names that the file will have for them."""
+    architecture = tuned.layout.architecture
+    if architecture is None:
+        raise WrongFormat(
+            f'What "{tuned.name}" is was not recognised, so its layers have no names in a LoRA.',
+            hint="`mergekit-sd inspect` tells what is in it",
+        )
+    sources: dict[str, Source] = {}
+    for layer in targets_of(tuned.layout, conv=settings.conv_rule is not None):
+        target = layer.target("weight")
+        if target is None or not all(target.tensor in model.tensors for model in (tuned, base)):
+            continue
+        shape = _same_shape(tuned, base, target.tensor)
+        rows = (shape[0] // target.rows[1], *shape[1:]) if target.rows else shape
+        module = lora_name(layer, settings.style, architecture.family)
+        block = tuned.layout.places[target.tensor].block or layer.component
+        source = Source(module, layer, target, block, rows[::-1] if target.transposed else rows)
+        if settings.conv_rule is not None or not source.is_spatial:
+            sources[module] = source
+    if not sources:
+        raise MissingTensors(f'"{tuned.name}" and "{base.name}" have no layers in common that a LoRA is made of.')
+    return sources
+
+
+def _same_shape(tuned: Model, base: Model, name: str) -> tuple[int, ...]:
+    one, other = tuned.tensors[name].shape, base.tensors[name].shape
+    if one != other:
+        message = f'"{tuned.name}" has shape {list(one)} where "{base.name}" has {list(other)}.'
+        raise ShapeMismatch(message, key=name, hint="are both of one kind? `mergekit-sd diff` shows where they differ")
+    return one
+
+
+def _left_out(tuned: Model, base: Model, settings: Settings) -> list[str]:
+    """A note on layers that only one of the models has."""
+    layers = targets_of(tuned.layout, conv=settings.conv_rule is not None)
+    targets = [target for layer in layers if (target := layer.target("weight"))]
+    alone = [target.tensor for target in targets if target.tensor not in base.tensors]
+    if not alone:
+        return []
+    return [f'{count(len(alone), "layer")} that only "{tuned.name}" has are left out: {listed(alone)}']
+
+
+def _most(settings: Settings, source: Source) -> int:
+    rule = settings.conv_rule if source.is_spatial else settings.rule
+    assert rule is not None
+    return rule.limit(min(_sides(source)))
+
+
+def _sides(source: Source) -> tuple[int, int]:
+    return source.shape[0], source.cost - source.shape[0]
+
+
+# --- what is said of it ------------------------------------------------------------------------------------
+
+
+def _labels(architecture: Architecture, settings: Settings, made: Extracted) -> dict[str, str]:
+    """kohya's metadata, by which the WebUI, ComfyUI and Civitai know a LoRA; all of it text."""
+    ranks = Counter(each.rank for each in made.layers if each.rank and not _is_conv(each.module, made))
+    rank = ranks.most_common(1)[0][0] if ranks else int(settings.rule.amount)
+    family = architecture.family
+    version = _BASE_VERSIONS.get(family, family)
+    arguments: dict[str, str] = {}
+    if settings.conv_rule is not None:
+        most = max((each.rank for each in made.layers if _is_conv(each.module, made)), default=0)
+        arguments = {"conv_dim": str(most), "conv_alpha": str(float(most))}
+    return {
+        "ss_v2": str(family == "sd2"),
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank) if len(ranks) <= 1 else "Dynamic",
+        "ss_network_alpha": str(float(rank)) if len(ranks) <= 1 else "Dynamic",
+        "ss_network_args": json.dumps(arguments),
+    }
+
+
+def _is_conv(module: str, made: Extracted) -> bool:
+    down = made.tensors.get(f"{module}.lora_down.weight")
+    return down is not None and down.ndim == 4 and down.shape[-1] > 1
+
+
+def _report(made: Extracted) -> dict[str, Any]:
+    """Per block the share of the change that is kept, and the layers that take most; plain data."""
+    blocks: dict[str, list[Any]] = {}
+    for each in made.layers:
+        blocks.setdefault(each.block, []).append(each)
+    changed = [each for each in made.layers if each.energy]
+    return {
+        "layers": sum(bool(each.rank) for each in made.layers),
+        "unchanged": len(made.layers) - len(changed),
+        "kept": _share(made.layers),
+        "blocks": {
+            block: {"kept": _share(each), "values": sum(e.values for e in each)} for block, each in blocks.items()
+        },
+        "largest": [
+            {"module": each.module, "rank": each.rank, "values": each.values, "kept": _share([each])}
+            for each in sorted(made.layers, key=lambda each: -each.values)[:10]
+        ],
+        "dropped": dict(made.dropped),
+    }
+
+
+def _share(layers: Any) -> float | None:
+    """‖kept‖/‖change‖ over some layers; None where nothing has changed."""
+    energy = sum(each.energy for each in layers)
+    return (sum(each.kept for each in layers) / energy) ** 0.5 if energy else None
