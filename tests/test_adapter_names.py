@@ -8,7 +8,7 @@ import math
 import models
 import pytest
 import torch
-from adapter_files import RANK, header, of_keys
+from adapter_headers import RANK, header, of_keys
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from adapter_files import FAMILIES, header, lora, lora_shapes, of_keys
+from adapter_headers import FAMILIES, header, lora, lora_shapes, of_keys
 from small_models import small
 
 from mergekit_sd import architectures

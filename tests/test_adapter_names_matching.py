@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import models
 import pytest
-from adapter_files import FAMILIES, header, lora, lora_shapes, of_keys, width
+from adapter_headers import FAMILIES, header, lora, lora_shapes, of_keys, width
 from small_models import small
 
 from mergekit_sd import architectures

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from adapter_files import FAMILIES, lora_shapes
+from adapter_headers import FAMILIES, lora_shapes
 from small_models import small
 
 from mergekit_sd import architectures
