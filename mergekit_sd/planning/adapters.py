@@ -9,7 +9,8 @@ needs the weight itself (DoRA, OFT, IA3, GLoRA) gets it whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ MOST_NOTED = 8  # modules that a note names
 class Use:
     """A module's part in one tensor; `parts` names the tensors that it brings along, in their order."""
 
+    file: str
     module: str
     parts: tuple[str, ...]
     target: Target
@@ -112,14 +114,22 @@ def _use(lora: Model, module: Module, target: Target, strength: float, shape: tu
     """A module's part in a tensor of that shape. Raises what is wrong with its parts, as far as headers tell."""
     of_bias = target.kind == "bias"
     parts = {name: part for name, part in module.parts.items() if (name in BIAS_PARTS) == of_bias}
-    try:
+    assert lora.file
+    file, name = str(lora.file.path), module.name
+    with _told(file, name):
         (check_bias if of_bias else check)(parts, _shape(target, shape))
+        additive = of_bias or identify(parts).additive
+    return Use(file, name, tuple(parts), target, strength, module.scale, additive, name.startswith("oft_unet"))
+
+
+@contextlib.contextmanager
+def _told(file: str, module: str) -> Iterator[None]:
+    """Refusals of a formula, with the file and the module that they are of."""
+    try:
+        yield
     except MergekitError as error:
-        assert lora.file
-        error.file, error.key = str(lora.file.path), error.key or module.name
+        error.file, error.key = error.file or file, error.key or module
         raise
-    additive = of_bias or identify(parts).additive
-    return Use(module.name, tuple(parts), target, strength, module.scale, additive, module.name.startswith("oft_unet"))
 
 
 def _changed(weight: Expression, uses: Sequence[tuple[Use, list[Read]]]) -> Expression:
@@ -140,10 +150,11 @@ def _delta(*parts: Tensor, uses: Sequence[Use], shape: tuple[int, ...], out: Any
     total = torch.zeros(shape, device=parts[0].device)
     for use, own in _dealt(uses, parts):
         part = _part(total, use.target)
-        if use.target.kind == "bias":
-            part.copy_(apply_bias(part, own, use.strength))
-        else:
-            part.add_(delta_of(own, tuple(part.shape)), alpha=use.strength)
+        with _told(use.file, use.module):
+            if use.target.kind == "bias":
+                part.copy_(apply_bias(part, own, use.strength))
+            else:
+                part.add_(delta_of(own, tuple(part.shape)), alpha=use.strength)
     return total
 
 
@@ -152,7 +163,8 @@ def _change(weight: Tensor, *parts: Tensor, uses: Sequence[Use], out: Any = None
     result = weight.clone()
     for use, own in _dealt(uses, parts):
         part = _part(result, use.target)
-        part.copy_(apply(part, own, use.strength, kohya_oft=use.kohya_oft))
+        with _told(use.file, use.module):
+            part.copy_(apply(part, own, use.strength, kohya_oft=use.kohya_oft))
     return result
 
 

@@ -120,7 +120,35 @@ class RestChannels:
     dtype: Dtype
 
 
-Expression: TypeAlias = Read | Constant | Apply | FirstChannels | RestChannels
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One of `of` equal shares of a whole tensor's rows: a query, key or value out of what LDM keeps in one."""
+
+    operand: Expression
+    index: int
+    of: int
+    dtype: Dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The operand's shape with dim 0 divided."""
+        return (self.operand.shape[0] // self.of, *self.operand.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed:
+    """A whole matrix with its rows as columns."""
+
+    operand: Expression
+    dtype: Dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The operand's shape the other way round."""
+        return self.operand.shape[::-1]
+
+
+Expression: TypeAlias = Read | Constant | Apply | FirstChannels | RestChannels | Rows | Transposed
 
 
 def operands_of(node: Expression) -> tuple[Expression, ...]:
@@ -128,7 +156,7 @@ def operands_of(node: Expression) -> tuple[Expression, ...]:
     match node:
         case Apply():
             return node.operands
-        case FirstChannels():
+        case FirstChannels() | Rows() | Transposed():
             return (node.operand,)
         case RestChannels():
             return (node.merged, node.operand)
@@ -272,7 +300,9 @@ def compile_expression(expression: Expression) -> Program:
 
 
 def _needs_whole(node: Expression) -> bool:
-    return isinstance(node, FirstChannels | RestChannels) or (isinstance(node, Apply) and node.operation.whole)
+    if isinstance(node, Apply):
+        return node.operation.whole
+    return isinstance(node, FirstChannels | RestChannels | Rows | Transposed)
 
 
 def _instructions(order: list[Expression], held: frozenset[int]) -> tuple[tuple[Instruction, ...], int]:

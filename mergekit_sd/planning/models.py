@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_sd.architectures import Layout, Role, ema_name
-from mergekit_sd.errors import FamilyMismatch, MissingTensors, ShapeMismatch
+from mergekit_sd.errors import FamilyMismatch, MissingTensors, ShapeMismatch, WrongFormat
 from mergekit_sd.formats.dtypes import OUTPUT_DTYPES
 from mergekit_sd.formats.tensor import ModelFile
 from mergekit_sd.operations import Operation
@@ -119,6 +119,7 @@ def with_markers(model: Model, source: Model) -> Model:
 def apply_step(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[Model, StepReport]:
     """Apply a step to its operands, by operand label in the step's order. `seed`: the recipe's."""
     first, *others = operands.values()
+    _check_models(operands)
     check_families(operands)
     mergeable = first.mergeable()
     _check_common(operands, mergeable)
@@ -204,6 +205,17 @@ def check_families(operands: Mapping[str, Model]) -> None:
                 "models of different families cannot be merged.",
                 hint="take models of one family",
             )
+
+
+def _check_models(operands: Mapping[str, Model]) -> None:
+    """Raises WrongFormat for a LoRA: mixed factor by factor, two of them make neither's change."""
+    lora = next((each for each in operands.values() if each.file and each.layout.kind in ("lora", "lycoris")), None)
+    if lora is not None and lora.file:
+        raise WrongFormat(
+            f'"{lora.name}" is a LoRA: its factors cannot be merged as a model\'s weights.',
+            file=lora.file.path,
+            hint="inject_lora puts it into a model",
+        )
 
 
 def _check_common(operands: Mapping[str, Model], mergeable: list[str]) -> None:
