@@ -151,13 +151,14 @@ def compare(
     """
     cancel = cancel or CancelToken()
     files = check_pins(plan, cancel, every=plan.metadata == "webui", hasher=options.file_hashes)
-    output = place_output(plan, plan.outputs[0], files)
+    run = _Run(plan, options, files, Leaves(), on_event, cancel)
+    output = plan.outputs[0]
+    output = place_output(plan, made_output(run, output) if output.making else output, files)
     there = open_input(path)
     try:
         if there.state.size != output.size:
             raise PinMismatch(f"The file has {there.state.size:,} bytes, its recipe makes {output.size:,}.", file=path)
         sink = Comparison(there, [tensor.info for tensor in output.tensors])
-        run = _Run(plan, options, files, Leaves(), on_event, cancel)
         on_event(OutputStarted(output.name, str(path), output.size))
         stream(run, output, sink)
         there.check_unchanged()

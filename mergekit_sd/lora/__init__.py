@@ -1,0 +1,1 @@
+"""LoRA files: factors of changes, found, joined, made smaller."""

@@ -51,7 +51,7 @@ class Spectrum:
 # --- rules: bounds for the rank, equal where the known values decide ------------------------------------
 
 
-def fixed(spectrum: Spectrum, rank: float) -> Bounds:
+def fixed(_: Spectrum, rank: float) -> Bounds:
     """The given rank."""
     return int(rank), int(rank)
 

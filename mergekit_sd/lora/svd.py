@@ -19,20 +19,30 @@ from mergekit_sd.operations.draws import Draw
 if TYPE_CHECKING:
     from mergekit_sd.operations.types import Tensor
 
-# Vectors more than asked for in each block.
+# Vectors more than asked for.
 OVERSAMPLING = 16
-# Blocks before the first look at what is still to gain: two gains make an estimate.
-LEAST_BLOCKS = 3
 # Of the energy left out at best, the share that may be lost besides: half of 0.1 % of the error.
 TOLERANCE = 1e-3
-# Of the whole energy, the share below which float32 arithmetic tells no gain.
+# Of the whole energy, the share below which what is left out counts as rounding.
 ROUNDING = 1e-6
+# The greatest share of the matrix's directions that is still looked for by products.
+MOST_DIRECTIONS = 1 / 3
+# Rounds after which the spectrum is one that products cannot tell apart.
+MOST_ROUNDS = 20
+# The filter's degree: at first, and at most.
+FIRST_DEGREE, MOST_DEGREE = 2, 8
+# The greatest amplification by a filter: more would drown the small values in the rounding of the great ones.
+AMPLIFICATION = 1e4
+# Squares of singular values below this share of the greatest are float32 rounding.
+LEAST_SQUARE = 1e-13
+# A gain that is to shrink less than so much per round is no guide to what is left.
+LEAST_SHRINKING = 0.1
 # Outside of 2^±SAFE the squares of float32 numbers, or of the small ones beside them, might not fit.
 SAFE = 30
 # The rank that is tried first where a rule gives none.
 FIRST_RANK = 64
 # Elements worked on at a time, in float64.
-PIECE = 1 << 20
+PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +70,23 @@ class Decomposition:
 def truncated_svd(matrix: Tensor, rank: int, *, draw: Draw) -> Decomposition:
     """The `rank` greatest singular values (fewer if the matrix has fewer) of a float32 (m, n) matrix.
 
-    A randomised block Krylov method (Musco and Musco, "Randomized block Krylov methods for stronger
-    and faster approximate singular value decomposition", 2015), with the oversampling and the start of
-    Halko, Martinsson and Tropp ("Finding structure with randomness", 2011). It goes on until what
-    another block would gain no longer matters, and is exact where the rank is near the matrix's own. The
-    result depends on the matrix and the draw alone. Raises `NonFiniteResult` for NaN and Inf.
+    Randomised subspace iteration (Halko, Martinsson and Tropp, "Finding structure with randomness",
+    2011), its power iterations replaced by Chebyshev filters (Zhou and Saad, "Self-consistent-field
+    calculations using Chebyshev-filtered subspace iteration", 2006). It goes on until what is still to gain no
+    longer matters, and is exact where the rank is near the matrix's own. The result depends on the
+    matrix and the draw alone. Raises `NonFiniteResult` for NaN and Inf.
     """
     scaled, exponent = _scaled(matrix, draw.name)
     energy = _energy(scaled)
     wide = scaled.shape[0] < scaled.shape[1]
     tall = scaled.T if wide else scaled
     rank = min(rank, tall.shape[1])
-    found = _krylov(tall, rank, energy, draw) or torch.linalg.svd(tall.double(), full_matrices=False)
-    u, s, vh = found[0][:, :rank].to(matrix.dtype), found[1][:rank], found[2][:rank].to(matrix.dtype)
+    if energy:
+        u, s, vh = _by_products(tall, rank, energy, draw) or torch.linalg.svd(tall.double(), full_matrices=False)
+        u, s, vh = u[:, :rank].to(tall.dtype), s[:rank], vh[:rank].to(tall.dtype)
+    else:
+        u, vh = (torch.eye(*shape, device=tall.device) for shape in ((len(tall), rank), (rank, tall.shape[1])))
+        s = tall.new_zeros(rank, dtype=torch.float64)
     if wide:
         u, vh = vh.T, u.T
     return Decomposition(u, s * 2.0**exponent, vh, energy * 4.0**exponent)
@@ -105,14 +119,14 @@ def spectrum(matrix: Tensor, name: str) -> Spectrum:
     """
     scaled, exponent = _scaled(matrix, name)
     tall = scaled.T if scaled.shape[0] < scaled.shape[1] else scaled
-    squares = torch.linalg.eigvalsh(_gram(tall, tall)).flip(0).clamp_(min=0)
+    squares = torch.linalg.eigvalsh(_gram(tall)).flip(0).clamp_(min=0)
     values = squares.sqrt().mul_(2.0**exponent).cpu().numpy()
     return Spectrum(values, float(squares.sum()) * 4.0**exponent, len(values))
 
 
 def _is_cheap(rank: int, size: int) -> bool:
-    """Whether the blocks that are needed at least leave most of the matrix's directions out."""
-    return LEAST_BLOCKS * (rank + OVERSAMPLING) <= size
+    """Whether products with the matrix are cheaper than all of its directions."""
+    return rank + OVERSAMPLING <= MOST_DIRECTIONS * size
 
 
 def _scaled(matrix: Tensor, name: str) -> tuple[Tensor, int]:
@@ -135,72 +149,106 @@ def _energy(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square_().sum())
 
 
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀb in float64."""
-    length = max(1, PIECE // max(1, a.shape[1]))
-    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
-    for x, y in zip(torch.split(a, length), torch.split(b, length), strict=True):
-        total.addmm_(x.double().T, y.double())
+def _gram(matrix: Tensor) -> Tensor:
+    """The products of its columns with each other, in float64."""
+    total = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for rows in torch.split(matrix, max(1, PIECE // matrix.shape[1])):
+        wide = rows.double()
+        total.addmm_(wide.T, wide)
     return total
 
 
-def _krylov(tall: Tensor, rank: int, energy: float, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
-    """U, S and Vᵀ of rank `rank`; None where the blocks would fill the space.
+def _by_products(tall: Tensor, rank: int, energy: float, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
+    """U, S and Vᵀ of rank `rank`; None where products with the matrix A are not the way to them.
 
-    The basis is of the smaller side: block j spans (AᵀA)ʲΩ, made orthogonal to those before.
+    The subspace is of the smaller side. A round amplifies the directions of the `rank` greatest values
+    against those past the oversampling, by a polynomial of AᵀA.
     """
     size = tall.shape[1]
     if not _is_cheap(rank, size):
         return None
-    block = _orthonormal(draw.normal(tall.new_empty(size, rank + OVERSAMPLING)))
-    basis, images = block, tall @ block
-    squares = _gram(images, images)
-    captured = [_captured(squares, rank)]
-    while len(captured) < LEAST_BLOCKS or _to_gain(captured) > TOLERANCE * max(energy - float(captured[-1].sum()), ROUNDING*energy):
-        if basis.shape[1] + block.shape[1] > size:
-            return None
-        block = _new_directions(tall.T @ images[:, -block.shape[1] :], basis)
-        image = tall @ block
-        across = _gram(images, image)
-        squares = torch.cat([torch.cat([squares, across], 1), torch.cat([across.T, _gram(image, image)], 1)])
-        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
-        captured.append(_captured(squares, rank))
-    return _rotated(basis, images, torch.linalg.eigh(squares).eigenvectors[:, -rank:].flip(1))
+    start = draw.normal(tall.new_empty(size, rank + OVERSAMPLING))
+    basis, images, squares, turn = _ritz(tall, _orthonormal(tall.T @ (tall @ start)))
+    degree = FIRST_DEGREE
+    for number in range(MOST_ROUNDS):
+        cut = max(float(squares[-1]), LEAST_SQUARE * float(squares[0]))
+        degree = min(degree, _greatest_degree(2 * squares[:1] / cut - 1))
+        before = squares
+        basis, images, squares, turn = _ritz(tall, _filtered(tall, basis, (tall.T @ images) @ turn, degree, cut))
+        gain = (squares - before)[:rank].clamp_min_(0)
+        shrinking = _shrinking(squares, cut, degree)[:rank]
+        to_gain = gain / shrinking
+        allowed = TOLERANCE * max(energy - float(squares[:rank].sum()), ROUNDING * energy)
+        # At first the squares are far from where they go, and so is what the theory makes of them.
+        if float((gain / shrinking.clamp_max(1) if number == 0 else to_gain).sum()) <= allowed:
+            return _factors(basis[:, :rank], images @ turn[:, :rank])
+        cut = max(float(squares[-1]), LEAST_SQUARE * float(squares[0]))
+        ratios = 2 * squares[:rank] / cut - 1
+        wanted = (
+            each for each in range(1, MOST_DEGREE) if float((to_gain / _chebyshev(each, ratios) ** 2).sum()) <= allowed
+        )
+        degree = next(wanted, MOST_DEGREE)
+    return None
 
 
-def _rotated(basis: Tensor, images: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and Vᵀ of images·turn·(basis·turn)ᵀ.
+def _ritz(tall: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best directions in the basis; its images; the squares of the directions' (float64, descending).
 
-    By QR of both sides: where values are small, the images' directions alone would be rounding.
+    The images are the basis' as it was: the last of the four turns them, too (the larger side is dear).
     """
-    left, upper = torch.linalg.qr((images @ turn.to(images.dtype)).double())
-    right, lower = torch.linalg.qr((basis @ turn.to(images.dtype)).double())
-    u, s, vh = torch.linalg.svd(torch.linalg.solve_triangular(lower, upper, upper=True, left=False))
-    return (left @ u).to(basis.dtype), s, (vh @ right.T).to(basis.dtype)
+    images = tall @ basis
+    squares, turn = torch.linalg.eigh(_gram(images))
+    turn = turn.flip(1).to(basis.dtype)
+    return basis @ turn, images, squares.flip(0).clamp_min_(0), turn
 
 
-def _captured(squares: Tensor, rank: int) -> Tensor:
-    """The energies of the best `rank` directions in the span, from the products of the basis' images."""
-    return torch.linalg.eigvalsh(squares)[-rank:]
+def _filtered(tall: Tensor, basis: Tensor, product: Tensor, degree: int, cut: float) -> Tensor:
+    """An orthonormal basis of T(2·AᵀA/cut − 1)·basis, from the product AᵀA·basis.
 
-
-def _to_gain(captured: list[Tensor]) -> float:
-    """The energy that all further blocks would gain, as the gains of each direction fall geometrically (Aitken).
-
-    Each by itself: a great one that has just been found says nothing of the small ones.
+    The Chebyshev polynomial T is small for squares below the cut, and grows fast above it.
     """
-    before, last = (captured[-2] - captured[-3]).clamp_min_(0), (captured[-1] - captured[-2]).clamp_min_(0)
-    return float(torch.where(before > last, last * last / (before - last), last).sum())
+    older, newer = basis, product.mul_(2 / cut).sub_(basis)
+    for _ in range(degree - 1):
+        newest = (tall.T @ (tall @ newer)).mul_(4 / cut).sub_(newer, alpha=2).sub_(older)
+        older, newer = newer, newest
+    return _orthonormal(newer)
 
 
-def _new_directions(block: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal columns that span the block's part orthogonal to the basis; any where there is none."""
-    block = block / torch.linalg.vector_norm(block, dim=0).clamp_min(torch.finfo(block.dtype).tiny)
-    block = torch.linalg.qr(torch.addmm(block, basis, basis.T @ block, alpha=-1)).Q
-    # Again: what was left may be rounding, and is no longer orthogonal to the basis once normalised.
-    return _orthonormal(torch.addmm(block, basis, basis.T @ block, alpha=-1))
+def _chebyshev(degree: int, x: Tensor) -> Tensor:
+    """T(x) for x ≥ 1."""
+    return torch.cosh(degree * torch.acosh(x.clamp_min(1)))
+
+
+def _greatest_degree(x: Tensor) -> int:
+    """The greatest degree that amplifies x no more than rounding allows."""
+    allowed = (each for each in range(MOST_DEGREE, 1, -1) if float(_chebyshev(each, x)) <= AMPLIFICATION)
+    return next(allowed, 1)
+
+
+def _shrinking(squares: Tensor, cut: float, degree: int) -> Tensor:
+    """For each direction, what it gained in a round over what it still has to gain.
+
+    What a direction lacks is a share of those past the oversampling; it falls by the square of how
+    much more the filter amplifies the direction than the last one.
+    """
+    amplified = _chebyshev(degree, 2 * squares / cut - 1)
+    return ((amplified / amplified[-1]) ** 2 - 1).clamp_min_(LEAST_SHRINKING)
 
 
 def _orthonormal(block: Tensor) -> Tensor:
-    # In float64: energies of a span are sums of squares only as far as its basis is orthonormal.
-    return torch.linalg.qr(block.double()).Q.to(block.dtype)
+    """Orthonormal columns that span the block's (any, where it is of lower rank)."""
+    sizes = torch.linalg.vector_norm(block, dim=0)
+    columns: Tensor = torch.linalg.qr(block / sizes.clamp_min(torch.finfo(block.dtype).tiny)).Q
+    return columns
+
+
+def _factors(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and Vᵀ of images·basisᵀ.
+
+    By QR of both sides in float64: neither is orthonormal beyond rounding, and of small values the
+    images' directions are rounding themselves.
+    """
+    left, upper = torch.linalg.qr(images.double())
+    right, lower = torch.linalg.qr(basis.double())
+    u, s, vh = torch.linalg.svd(torch.linalg.solve_triangular(lower, upper, upper=True, left=False))
+    return left @ u, s, vh @ right.T

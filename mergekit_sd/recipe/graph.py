@@ -149,9 +149,10 @@ def _space_of(recipe: Recipe, step: Step, space: dict[str, Space]) -> Space:
         who = f'"{shown(name)}" is {IN_WORDS[found]}'
         if operand.space == "lora" and name in recipe.models:  # what a file is is known once it is opened
             continue
-        if operand.space != "same" and found != operand.space:
+        takes = "weight" if found == "lora" and operand.space == "same" else operand.space
+        if takes != "same" and found != takes:
             hint = "name one of [models]" if operand.space == "lora" else _ADD if found == "delta" else _SUBTRACT
-            message = f"{who}, but {operand.name} of {step.operation.name} takes {IN_WORDS[operand.space]}."
+            message = f"{who}, but {operand.name} of {step.operation.name} takes {IN_WORDS[takes]}."
             raise recipe.error(message, path, hint=hint)
         if operand.space == "same":
             same = same or (label, found)
