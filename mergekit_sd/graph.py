@@ -175,7 +175,8 @@ def _said(step: StepNode, names: Mapping[int, str]) -> dict[str, Any]:
         return {"expr": parse_formula(step.parameters["expr"], Where()).text(chosen)}
     if "loras" in step.parameters:
         entries = zip(links["loras"], step.parameters["loras"], strict=True)
-        return {**links, "loras": [{"lora": name, **table} if table else name for name, table in entries]}
+        listed = [{"lora": name, **table} if table else name for name, table in entries]
+        return {**links, **step.parameters, "loras": listed}
     return {**links, **step.parameters}
 
 

@@ -141,7 +141,7 @@ def folds(operation: Operation) -> list[tuple[dict[str, float], str]]:
 def operand_words(operand: Operand) -> str:
     """`a list: each a model`."""
     words = SPACES[operand.space]
-    if operand.space == "lora":
+    if operand.space == "lora" and operand.many:
         return f'a list: each a name, "{IN_PROMPT}", or a table {{ lora, strength, text_encoder, blocks }}'
     if operand.many:
         return f"a list of {words.replace('a model', 'models', 1).replace('a difference', 'differences')}"
@@ -215,6 +215,9 @@ COMMANDS = {
     "extract": "extract a.safetensors --component vae",
     "replace": "bake-vae a.safetensors b.safetensors",
     "extract_lora": "lora extract tuned.safetensors base.safetensors --rank 32",
+    "merge_loras": "lora merge style.safetensors:0.8 other.safetensors:0.4 --rank 32",
+    "resize_lora": "lora resize style.safetensors --rank 8",
+    "rename_lora": "lora convert style.safetensors --style peft",
     "inject_lora": "lora inject model.safetensors style.safetensors:0.8",
 }
 
@@ -273,8 +276,10 @@ def example_recipe(operation: Operation) -> str:
     steps: list[str] = []
     sources: dict[str, str] = {}
     for operand in operation.operands:
-        if operand.space == "lora":
-            sources[operand.name] = f"[{IN_TABLE}]"
+        if operand.space == "lora" and operand.many:
+            sources[operand.name] = f"[{IN_TABLE}]" if operation.operands[0] is not operand else f'["{IN_PROMPT}"]'
+        elif operand.space == "lora":
+            sources[operand.name] = '"style"'
         elif operand.many:
             sources[operand.name] = json.dumps(models[-2:])
         elif operand.space == "delta":

@@ -142,7 +142,7 @@ def test_hypernetworks_and_textual_inversions_have_names(tmp_path):
     model = open_model(path)
     assert len(model.tensors) == 8
     assert model.tensors["4.1.linear.0.weight"].shape == (4, 4)
-    assert model.metadata == {"step": "100", "name": "h"}
+    assert model.metadata == {"step": "100", "name": "h", "layer_structure": "[1, 2, 1]"}
     assert inspect_file(path).kind == "hypernetwork"
     vector = torch.randn(2, 8)
     for parameters in ({"*": vector}, torch.nn.ParameterDict({"*": torch.nn.Parameter(vector)})):

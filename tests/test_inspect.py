@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -47,13 +48,16 @@ def test_the_json_has_the_whole_contract(tmp_path):
     model = small("sd1")
     path = save(tmp_path / "a.safetensors", model, {"format": "pt"})
     report = json.loads(words(path, "--json"))
-    assert set(report) == CONTRACT | {"file_bytes", "prunable", "notes"}
+    assert set(report) == CONTRACT | {"file_bytes", "prunable", "notes", "unread", "encoders", "about"}
     assert (report["path"], report["format"]) == (str(path), "safetensors")
     assert (report["kind"], report["architecture"], report["prediction"]) == ("checkpoint", "sd1", "epsilon")
     assert (report["tensors"], report["bytes"]) == (len(model), size_of(model))
     assert report["file_bytes"] == path.stat().st_size
     assert report["dtypes"] == {"F16": len(model) - 1, "I64": 1}
-    assert report["components"]["vae"] == {"tensors": 248, "bytes": size_of(bare(model, VAE)), "hash": None}
+    vae = {"tensors": 248, "bytes": size_of(bare(model, VAE)), "dtypes": {"F16": 248}, "hash": None}
+    assert report["components"]["vae"] == vae
+    assert report["components"]["text_encoder"]["dtypes"] == {"F16": len(bare(model, CLIP)) - 1, "I64": 1}
+    assert (report["unread"], report["encoders"], report["about"]) == ({"tensors": 0, "bytes": 0}, [], {})
     assert list(report["components"]) == ["unet", "vae", "text_encoder"]
     assert report["ema"] == {"tensors": 0, "bytes": 0}
     assert report["junk"] == {"tensors": 0, "bytes": 0, "keys": []}
@@ -261,9 +265,8 @@ def test_long_lists_and_values_are_cut(tmp_path):
 def test_a_report_fits_80_columns(tmp_path):
     model = small("sd1") | {ema_name(UNET + "out.2.bias"): torch.zeros(4)}
     path = save(tmp_path / "a.safetensors", model)
-    code = "import sys; from mergekit_sd.cli import inspect, show; from rich.console import Console;"
-    code += "inspect.console = lambda: Console(width=80, markup=False); inspect.inspect_command(sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, "a.safetensors", "--hash"], cwd=tmp_path, capture_output=True)
+    command = [sys.executable, "-m", "mergekit_sd", "inspect", "a.safetensors", "--hash"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**os.environ, "COLUMNS": "80"})
     lines = done.stdout.decode().splitlines()
     assert path.name == lines[0]
     assert max(map(len, lines)) <= 80

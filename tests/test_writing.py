@@ -672,7 +672,7 @@ def test_source_cut_short_while_copying(target, source, monkeypatch, kernel):
 def test_closed_input_stays_closed(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     file = open_input(tmp_path / "file")
-    number = file.descriptor
+    number, _ = file.in_file(0)
     file.close()
     other = os.open(tmp_path / "file", os.O_RDONLY)
     assert other == number
@@ -705,7 +705,7 @@ def test_cancelled_before_a_byte_is_written(tmp_path, recipe, metadata):
 def test_a_token_listens_while_there_is_something_to_remove(tmp_path, recipe, monkeypatch):
     """Then a signal handler leaves the ending to the run, which cannot be torn out of its cleaning up."""
     token, seen = CancelToken(), []
-    for name in ("claim", "_sync_folder"):
+    for name in ("claim", "sync_folder"):
         real = getattr(writing, name)
         monkeypatch.setattr(writing, name, lambda *args, real=real: seen.append(token.listening) or real(*args))
     mk.run(recipe, cancel=token)

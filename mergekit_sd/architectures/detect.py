@@ -76,19 +76,36 @@ def _canonical(names: Collection[str]) -> dict[str, str]:
 # --- kinds that names alone tell -----------------------------------------------------------------
 
 
+class _Pattern(NamedTuple):
+    """One entry of the data."""
+
+    kind: Kind
+    match: re.Pattern[str]
+    share: float
+    first: bool
+    alone: bool
+
+
 @cache
-def _patterns() -> tuple[tuple[Kind, re.Pattern[str], float, bool], ...]:
+def _patterns() -> tuple[_Pattern, ...]:
     return tuple(
-        (cast(Kind, entry["name"]), re.compile(entry["match"]), entry["share"], entry.get("first", False))
+        _Pattern(
+            cast(Kind, entry["name"]),
+            re.compile(entry["match"]),
+            entry["share"],
+            entry.get("first", False),
+            entry.get("alone", False),
+        )
         for entry in catalog.read_data("names")["kinds"]
     )
 
 
-def _kind_by_pattern(names: Collection[str], *, first: bool) -> Kind | None:
-    for kind, pattern, share, is_first in _patterns():
-        if is_first == first and names:
-            matching = sum(1 for name in names if pattern.search(name))
-            if matching and matching >= share * len(names):
+def _kind_by_pattern(shapes: Shapes, *, first: bool) -> Kind | None:
+    alone = len(shapes) == 1 and all(len(shape) in (1, 2) for shape in shapes.values())
+    for kind, pattern, share, is_first, for_one in _patterns():
+        if is_first == first and shapes and (alone or not for_one):
+            matching = sum(1 for name in shapes if pattern.search(name))
+            if matching and matching >= share * len(shapes):
                 return kind
     return None
 

@@ -1,12 +1,12 @@
 """The commands that look at files: `inspect`, `diff`, `hash`.
 
-Owns how their reports read. What is reported is `mergekit_sd.inspection`'s.
+Owns how the reports of `diff` and `hash` read. What is reported is `mergekit_sd.inspection`'s.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,49 +14,20 @@ from typing import TYPE_CHECKING
 import click
 
 import mergekit_sd as mk
+from mergekit_sd.cli.inspect_report import show_identity, show_inspection
+from mergekit_sd.cli.inspect_words import KINDS, PARTS, items, say, tight
 from mergekit_sd.cli.options import json_option
 from mergekit_sd.cli.show import Talk, console, print_json, row, table
 from mergekit_sd.events import CancelToken, OutputStarted, Progressed
-from mergekit_sd.text import count, listed, shown, size
+from mergekit_sd.text import count, shown
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from rich.text import Text
-
-MOST = 20  # names that a list shows; all of them are in the JSON
-LONGEST = 240  # characters of one metadata value; a recipe may be pages long
 
 _PROGRESS_SECONDS = 0.5
 _BESIDES = 60  # columns that the table of `diff` takes besides its tensors' names
 _FILE = click.Path(path_type=Path)
-
-_PARTS = {
-    "unet": "UNet",
-    "vae": "VAE",
-    "text_encoder": "text encoder",
-    "text_encoder_2": "text encoder 2",
-    "depth": "depth model",
-    "schedule": "schedule buffers",
-    "marker": "markers",
-    "ema": "EMA copies of the UNet",
-    "junk": "junk",
-    "position_ids": "position_ids",
-    "unknown": "not recognised",
-    "weights": "all weights",
-}
 _SHORT = {"schedule": "schedule", "ema": "EMA"}
-_KINDS = {
-    "checkpoint": "checkpoint",
-    "unet": "UNet alone",
-    "vae": "VAE",
-    "text_encoder": "text encoder",
-    "lora": "LoRA",
-    "lycoris": "LyCORIS",
-    "embedding": "embedding (textual inversion)",
-    "hypernetwork": "hypernetwork",
-    "controlnet": "ControlNet",
-    "unknown": "not recognised: no Stable Diffusion model that we know",
-}
 
 
 # --- inspect ---------------------------------------------------------------------------------------
@@ -79,76 +50,7 @@ def inspect_command(file: Path, as_json: bool, hashes: bool, scan: bool) -> None
     if as_json:
         print_json(found.as_json())
     else:
-        _show_inspection(found)
-
-
-def _show_inspection(found: mk.Inspection) -> None:
-    what = _KINDS[found.kind] if found.title is None else f"{found.title} {_KINDS[found.kind]} ({found.architecture})"
-    predicts = f", predicts {found.prediction}" if found.prediction else ""
-    dtypes = ", ".join(f"{name} {number:,}" for name, number in found.dtypes.items())
-    _say(shown(found.path), "bold")
-    _say(f"  {what}{predicts}")
-    _say(f"  {found.format}, {count(found.tensors, 'tensor')}, {size(found.file_bytes)}; {dtypes or 'no tensors'}")
-    _show_parts(found)
-    if found.position_ids is not None:
-        _say(f"position_ids: {_position_ids(found.position_ids)}")
-    if found.prunable:
-        _say(f"Without EMA and junk: {size(found.file_bytes - found.prunable)}, {size(found.prunable)} less")
-    if found.junk.sizes:
-        largest_first = sorted(found.junk.sizes.items(), key=lambda item: -item[1])
-        each = (f"{size(nbytes):>10}  {shown(name)}" for name, nbytes in largest_first)
-        _list(f"Junk, {count(found.junk.tensors, 'tensor')}, {size(found.junk.bytes)}", each)
-    if found.nonfinite is not None:
-        _show_scan(found.nonfinite)
-    if found.notes:
-        _list("Notes", found.notes)
-    if found.metadata:
-        _show_metadata(found.metadata)
-    if found.identity is not None:
-        _say("Hashes")
-        _show_identity(found.identity)
-
-
-def _show_parts(found: mk.Inspection) -> None:
-    hashes = found.weights_hashes
-    columns = ("part", "tensors", "size", *([] if hashes is None else ["weights hash"]))
-    parts = _tight(table(*columns, right=("tensors", "size")))
-    for name, share in found.components.items():
-        row(parts, _PARTS.get(name, name), f"{share.tensors:,}", size(share.bytes), *_cell(hashes, name))
-    for role, share in found.roles.items():
-        if share.tensors and role.value in ("schedule", "marker", "ema", "junk", "unknown"):
-            row(parts, _PARTS[role.value], f"{share.tensors:,}", size(share.bytes), *_cell(hashes, ""))
-    console().print(parts)
-
-
-def _cell(hashes: Mapping[str, str] | None, component: str) -> list[str]:
-    return [] if hashes is None else [hashes.get(component, "")]
-
-
-def _position_ids(ids: mk.PositionIds) -> str:
-    if ids.state == "ok":
-        return "ok"
-    if ids.state == "missing":
-        return "missing (programs fill them in: no harm)"
-    if not ids.wrong:
-        return f"corrupt: stored as {ids.dtype}, not as integers; the values are still right"
-    return f"corrupt: {len(ids.wrong)} of {ids.count} wrong ({listed(map(str, ids.wrong), 8)})"
-
-
-def _show_scan(nonfinite: Mapping[str, int]) -> None:
-    if not nonfinite:
-        _say("Scan: every value is finite")
-        return
-    each = (f"{shown(name)}  {number:,}" for name, number in nonfinite.items())
-    _list(f"Scan: NaN or Inf in {count(len(nonfinite), 'tensor')}", each)
-
-
-def _show_metadata(metadata: Mapping[str, str]) -> None:
-    def shortened(value: str) -> str:
-        more = f" … ({len(value):,} characters)" if len(value) > LONGEST else ""
-        return shown(value[:LONGEST]) + more
-
-    _list("Metadata", (f"{shown(key)}: {shortened(value)}" for key, value in metadata.items()))
+        show_inspection(found)
 
 
 # --- hash ------------------------------------------------------------------------------------------
@@ -175,25 +77,10 @@ def hash_command(files: Sequence[Path], as_json: bool) -> None:
         note = {"note": found.no_content} if found.no_content else {}
         reports.append({"path": str(file), **found.as_json(), **note})
         if not as_json:
-            _say(shown(str(file)), "bold")
-            _show_identity(found)
+            say(shown(str(file)), "bold")
+            show_identity(found)
     if as_json:
         print_json({"files": reports})
-
-
-def _show_identity(found: mk.Identity) -> None:
-    hashes = found.file
-    _say(f"  sha256   {hashes.sha256}")
-    _say(f"  AutoV1   {hashes.auto_v1:14}old lists, A1111 before 2023")
-    _say(f"  AutoV2   {hashes.auto_v2:14}A1111 (model hash), Civitai")
-    if hashes.auto_v3:
-        _say(f"  AutoV3   {hashes.auto_v3:14}Civitai, A1111 (LoRA)")
-    if found.claimed_v3 and not found.claimed_v3.startswith(hashes.auto_v3 or "-"):
-        _say(f"           {shown(found.claimed_v3[:12]):14}A1111 shows this one, from the file's metadata")
-    if found.content:
-        _say(f"  content  {found.content}  mergekit-sd (lock files)")
-    else:
-        _say(f"  content  none: {shown(found.no_content or '')}")
 
 
 # --- diff ------------------------------------------------------------------------------------------
@@ -222,27 +109,27 @@ def diff_command(context: click.Context, a: Path, b: Path, as_json: bool, tensor
 def _show_diff(found: mk.Diff, tensors: bool) -> None:
     for letter, side in (("A", found.a), ("B", found.b)):
         architecture = f" ({side.architecture})" if side.architecture else ""
-        _say(f"{letter}  {shown(side.path)}: {_KINDS[side.kind]}{architecture}")
+        say(f"{letter}  {shown(side.path)}: {KINDS[side.kind]}{architecture}")
     if found.same:
-        _say(f"The same: {count(len(found.tensors), 'tensor')}, no value differs.", "green")
+        say(f"The same: {count(len(found.tensors), 'tensor')}, no value differs.", "green")
         return
     _show_groups(found)
     if tensors and (changed := found.most_changed()):
-        _list("Most changed", (_changed_line(each) for each in changed))
+        items("Most changed", (_changed_line(each) for each in changed))
     mismatched = found.of_state("shape")
     if mismatched:
-        _list(
+        items(
             "Other shapes", (f"{shown(t.name)}: {_shape(t.shape_a)} in A, {_shape(t.shape_b)} in B" for t in mismatched)
         )
     for state, letter in (("only_a", "A"), ("only_b", "B")):
         if alone := found.of_state(state):  # type: ignore[arg-type]
-            _list(f"Only in {letter}, {count(len(alone), 'tensor')}", (shown(each.name) for each in alone))
+            items(f"Only in {letter}, {count(len(alone), 'tensor')}", (shown(each.name) for each in alone))
 
 
 def _show_groups(found: mk.Diff) -> None:
     screen = console()
     numbers = ("change", "cosine", "largest", "equal")
-    groups = _tight(table("part", "change", "cosine", "largest", "in", "equal", right=numbers))
+    groups = tight(table("part", "change", "cosine", "largest", "in", "equal", right=numbers))
     hottest = max((group.distance.relative_l2 or 0.0 for group in found.groups), default=0.0)
     every = [*found.groups, found.total]
     for group in every:
@@ -250,7 +137,7 @@ def _show_groups(found: mk.Diff) -> None:
             groups.add_section()
         row(
             groups,
-            _SHORT.get(group.name) or _PARTS.get(group.name, group.name),
+            _SHORT.get(group.name) or PARTS.get(group.name, group.name),
             _heat(group, hottest),
             _cosine(group),
             f"{group.distance.largest:.3g}" if group.compared else "",
@@ -260,7 +147,7 @@ def _show_groups(found: mk.Diff) -> None:
     screen.print(groups)
     bad = sum(group.distance.nonfinite for group in found.groups)
     if bad:
-        _say(f"{count(bad, 'value')} left out of the numbers: NaN or Inf in A or B", "yellow")
+        say(f"{count(bad, 'value')} left out of the numbers: NaN or Inf in A or B", "yellow")
 
 
 def _heat(group: mk.GroupDiff, hottest: float) -> Text:
@@ -323,29 +210,6 @@ def _shape(shape: Sequence[int] | None) -> str:
 
 
 # --- common ----------------------------------------------------------------------------------------
-
-
-def _say(text: str, style: str = "") -> None:
-    """A line of text that is escaped already; long ones wrap in the terminal, not here."""
-    from rich.text import Text
-
-    console().print(Text(text, style=style), soft_wrap=True)
-
-
-def _tight(made: Table) -> Table:
-    """Less space between columns: names are long, and terminals 80 wide."""
-    made.padding = (0, 1, 0, 0)
-    return made
-
-
-def _list(title: str, lines: Iterable[str]) -> None:
-    """A title and the first lines under it."""
-    every = list(lines)
-    _say(title)
-    for line in every[:MOST]:
-        _say(f"  {line}")
-    if len(every) > MOST:
-        _say(f"  … and {len(every) - MOST:,} more (all of them with --json)")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The commands of the library: scan, folders, list, duplicates, show, rename.
+"""The commands of the library: scan, folders, list, duplicates, show, rename, undo.
 
 Owns how their reports read. What is in the index, and how it comes there, is `mergekit_sd.library`'s.
 """
@@ -6,8 +6,6 @@ Owns how their reports read. What is in the index, and how it comes there, is `m
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path, PurePath
@@ -17,8 +15,9 @@ import click
 import mergekit_sd as mk
 from mergekit_sd.cli.layout import entry, width
 from mergekit_sd.cli.options import json_option, threads_option
-from mergekit_sd.cli.show import Talk, print_json
-from mergekit_sd.events import CancelToken, Event, Noted, OutputStarted, Progressed
+from mergekit_sd.cli.show import print_json
+from mergekit_sd.cli.watch import Watch
+from mergekit_sd.events import CancelToken
 from mergekit_sd.text import count, shown, size
 
 MOST = 20  # groups, or files that cannot be read, that a report shows; all of them are in the JSON
@@ -40,8 +39,6 @@ KINDS = (
 PARTS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
 
 _FOLDER = click.Path(path_type=Path)
-_SECONDS = 0.5  # between JSON lines
-_BLINK = 0.1  # seconds between counts on a terminal
 
 
 @click.group("library")
@@ -77,7 +74,7 @@ def scan_command(
     Without a DIR: the folders that `library folders` lists, and those scanned before.
     """
     token = context.find_object(CancelToken)
-    with _Watch(as_json) as watch, token.guarded() if token else nullcontext():
+    with Watch(as_json) as watch, token.guarded() if token else nullcontext():
         report = mk.scan_library(
             folders,
             hashes=hashes,  # type: ignore[arg-type]
@@ -103,58 +100,6 @@ def _show_scan(report: mk.ScanReport) -> None:
         for each in report.unreadable[:MOST]:
             click.echo(f"  {shown(str(each.path))}\n    {shown(each.error or '')}")
         _tell_rest(len(report.unreadable) - MOST)
-
-
-class _Watch:
-    """Shows a scan: counts and a bar on a terminal, JSON lines with `--json`."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._talk = Talk(as_json)
-        self._files = 0
-        self._hashing = ""
-        self._last = 0.0
-
-    def __enter__(self) -> _Watch:
-        self._talk.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._wipe()
-        self._talk.__exit__()
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        if isinstance(event, mk.FileRead):
-            self._files += 1
-            if not self._as_json and sys.stderr.isatty() and self._is_time(_BLINK):
-                click.echo(f"\r{count(self._files, 'file')} …", nl=False, err=True)
-        elif isinstance(event, mk.HashingProgressed):
-            self._advance(event)
-        elif isinstance(event, mk.HashingStarted) and not self._as_json:
-            self._wipe()
-            self._hashing = f"hashing {count(event.files, 'file')}"
-            self._talk(OutputStarted(self._hashing, "", event.bytes))
-        elif isinstance(event, Noted) or (self._as_json and not isinstance(event, mk.FileHashed)):
-            self._talk(event)
-
-    def _advance(self, event: mk.HashingProgressed) -> None:
-        if not self._as_json:
-            self._talk(Progressed(self._hashing, event.done, event.bytes, event.seconds))
-        elif self._is_time(_SECONDS):
-            self._talk(event)
-
-    def _is_time(self, seconds: float) -> bool:
-        now = time.monotonic()
-        if now - self._last < seconds:
-            return False
-        self._last = now
-        return True
-
-    def _wipe(self) -> None:
-        """Take the count off the terminal."""
-        if self._files and not self._as_json and sys.stderr.isatty():
-            click.echo("\r\x1b[K", nl=False, err=True)
 
 
 # --- folders ------------------------------------------------------------------------------------------
@@ -210,14 +155,14 @@ def list_command(words: Sequence[str], kind: str | None, sort: str, as_json: boo
 
 
 def _show_list(found: Sequence[mk.LibraryEntry]) -> None:
-    base = _common_folder(each.path for each in found)
+    base = common_folder(each.path for each in found)
     rows = [
         (shown(str(each.path.relative_to(base))), each.what, each.architecture or "", size(each.state.size))
         for each in found
     ]
     kinds, architectures, sizes = (max(len(row[column]) for row in rows) for column in (1, 2, 3))
     room = max(width() - kinds - architectures - sizes - 6, NARROWEST_NAME)
-    names = [_fitted(row[0], room) for row in rows]
+    names = [fitted(row[0], room) for row in rows]
     room = max(map(len, names))
     click.echo(f"{shown(str(base))}:")
     for name, (_, what, architecture, nbytes) in zip(names, rows, strict=True):
@@ -225,15 +170,16 @@ def _show_list(found: Sequence[mk.LibraryEntry]) -> None:
     click.echo(f"{count(len(found), 'file')}, {size(sum(each.state.size for each in found))}")
 
 
-def _common_folder(paths: Iterable[Path]) -> Path:
+def common_folder(paths: Iterable[Path]) -> Path:
+    """The folder that all of them lie below; none if they are on several drives."""
     folders = {str(path.parent) for path in paths}
     try:
         return Path(os.path.commonpath(folders))
-    except ValueError:  # several drives
+    except ValueError:
         return Path()
 
 
-def _fitted(name: str, room: int) -> str:
+def fitted(name: str, room: int) -> str:
     """A path that fits: without folders where it must be, the name itself with its beginning and end."""
     if len(name) <= room:
         return name
@@ -361,3 +307,56 @@ def rename_command(file: Path, name: str, as_json: bool) -> None:
         click.echo(f"{shown(old.name)} -> {shown(new.name)}")
     if not moves:
         click.echo("It has this name already.", err=True)
+
+
+# --- undo ---------------------------------------------------------------------------------------------
+
+
+@library_command.command("undo")
+@click.argument("run", type=click.IntRange(1), required=False)
+@click.option("--list", "listing", is_flag=True, help="List what was deduped, and stop.")
+@json_option
+@click.pass_context
+def undo_command(context: click.Context, run: int | None, listing: bool, as_json: bool) -> None:
+    """Undo a dedupe: RUN, or the last that is not undone yet.
+
+    Links become files of their own again, deleted files come back.
+    """
+    if listing:
+        _show_runs(mk.dedupe_runs(), as_json)
+        return
+    token = context.find_object(CancelToken)
+    with Watch(as_json, "restoring") as watch, token.guarded() if token else nullcontext():
+        report = mk.undo_dedupe(run, on_event=watch, cancel=token)
+    if as_json:
+        print_json(report.as_json())
+    else:
+        _show_undone(report)
+    if report.refused:
+        context.exit(4)
+
+
+def _show_runs(runs: Sequence[mk.DedupeRun], as_json: bool) -> None:
+    if as_json:
+        print_json({"runs": [run.as_json() for run in runs]})
+        return
+    if not runs:
+        click.echo("Nothing was deduped yet.", err=True)
+    for run in runs:
+        undone = len(run.steps) - len(run.pending)
+        state = f", {'all' if undone == len(run.steps) else undone} undone" if undone else ""
+        what = f"{run.link:8}{count(len(run.steps), 'file')}, {size(run.bytes)}{state}"
+        click.echo(f"{run.number:4}  {run.time:%Y-%m-%d %H:%M}  {what}")
+
+
+def _show_undone(report: mk.UndoReport) -> None:
+    _show_paths("as they were", report.restored)
+    _show_paths("never replaced, or undone before", report.untouched)
+    if report.refused:
+        click.echo("  left as they are:")
+    for each in report.refused:
+        click.echo(f"    {shown(str(each.path))}\n      {each.reason}")
+    if report.restored or report.untouched or report.refused:
+        click.echo(f"Run {report.run}: {count(len(report.restored), 'file')} restored")
+    else:
+        click.echo(f"Run {report.run} was undone before.", err=True)

@@ -14,7 +14,18 @@ from mergekit_sd.errors import UsageError
 from mergekit_sd.text import count, shown, size
 
 RULES = ("fixed", "threshold", "ratio", "quantile", "norm", "error")
+RESIZE_RULES = ("fixed", "sv_ratio", "sv_cumulative", "sv_fro", "threshold", "ratio", "quantile", "norm", "error")
 STRENGTHS = 2  # of the text encoders and the UNet
+
+
+STYLE = click.option(
+    "--style",
+    type=click.Choice(["kohya", "peft", "diffusers", "comfyui"]),
+    default="kohya",
+    show_default=True,
+    help="Whose names.",
+)
+FILE = click.argument("file", type=click.Path(path_type=Path), metavar="LORA")
 
 
 @click.group("lora")
@@ -39,9 +50,7 @@ def lora_command() -> None:
 )
 @click.option("--min-diff", type=float, default=0.01, show_default=True, help="For --text-encoder threshold.")
 @click.option("--clamp", type=float, default=1.0, show_default=True, help="Cut factors off at this quantile.")
-@click.option(
-    "--style", type=click.Choice(["kohya", "comfyui"]), default="kohya", show_default=True, help="Whose names."
-)
+@STYLE
 @one_shot_options(dtype="fp16")
 @click.pass_obj
 def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, **options: Any) -> int:
@@ -56,15 +65,67 @@ def _tell_extracted(report: mk.RunReport) -> None:
     """What the factors keep of the change, block by block."""
     made = report.outputs[0]
     found = made.lora
-    kept = "nothing has changed" if found["kept"] is None else f"{found['kept']:.1%} of the change kept"
+    kept = "nothing has changed" if found["kept"] is None else f"{found['kept']:.2%} of the change kept"
     click.echo(f"{shown(str(made.path))}: {count(found['layers'], 'layer')}, {size(made.bytes)}, {kept}")
     for component, greatest in found["dropped"].items():
         click.echo(f"  left out: {component}, which changed by at most {greatest:.2g}")
     if found["unchanged"]:
         click.echo(f"  {count(found['unchanged'], 'layer')} had not changed")
-    cells = [f"{block:15} {each['kept']:7.1%}" for block, each in found["blocks"].items() if each["kept"] is not None]
+    cells = [f"{block:15} {each['kept']:7.1%}" for block, each in found["blocks"].items() if each["change"]]
     for start in range(0, len(cells), 3):
         click.echo("  " + "   ".join(cells[start : start + 3]))
+
+
+@lora_command.command("merge")
+@click.argument("loras", nargs=-1, required=True, metavar="LORA[:STRENGTH]…")
+@click.option("--rank", type=click.IntRange(0), default=0, show_default=True, help="Of the result; 0: exact.")
+@click.option(
+    "--method",
+    type=click.Choice(["sum", "ties", "dare"]),
+    default="sum",
+    show_default=True,
+    help="How they are joined.",
+)
+@click.option("--density", type=float, default=0.5, show_default=True, help="For ties and dare.")
+@STYLE
+@one_shot_options(dtype="fp16")
+@click.pass_obj
+def merge_command(token: mk.CancelToken, /, loras: Sequence[str], **options: Any) -> int:
+    """Make one LoRA that does what several do together.
+
+    STRENGTH is 1 unless given; two are for the text encoder and the UNet: a.safetensors:0.5:0.8.
+    """
+    settings = {name: options.pop(name) for name in ("rank", "method", "density", "style")}
+    node = mk.ops.merge_loras([_entry(text) for text in loras], **settings)
+    return carry_out(token, node, tell=_tell_extracted, **options)
+
+
+@lora_command.command("resize")
+@FILE
+@click.option("--rank", type=click.IntRange(1), required=True, help="Of every layer, or the most a rule may give.")
+@click.option("--rule", type=click.Choice(RESIZE_RULES), default="fixed", show_default=True, help="How each is found.")
+@click.option("--amount", type=float, default=0.9, show_default=True, help="The rule's number.")
+@one_shot_options(dtype="keep")
+@click.pass_obj
+def resize_command(token: mk.CancelToken, /, file: Path, **options: Any) -> int:
+    """Make a LoRA smaller: the greatest singular values of every layer's change."""
+    settings = {name: options.pop(name) for name in ("rank", "rule", "amount")}
+    return carry_out(token, mk.ops.resize_lora(mk.open(file), **settings), tell=_tell_extracted, **options)
+
+
+@lora_command.command("convert")
+@FILE
+@STYLE
+@one_shot_options(dtype="keep")
+@click.pass_obj
+def convert_command(token: mk.CancelToken, /, file: Path, style: str, **options: Any) -> int:
+    """Write a LoRA under another trainer's names."""
+    return carry_out(token, mk.ops.rename_lora(mk.open(file), style=style), tell=_tell_renamed, **options)
+
+
+def _tell_renamed(report: mk.RunReport) -> None:
+    made = report.outputs[0]
+    click.echo(f"{shown(str(made.path))}: {count(sum(made.counts.values()), 'tensor')}, {size(made.bytes)}")
 
 
 @lora_command.command("inject")

@@ -49,7 +49,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "verify": ("provenance", "Rebuild a file from its recipe and compare."),
     },
     "Library": {
-        "library": ("library", "Index the models of this machine; find what is there twice."),
+        "library": ("lineage", "Index the models of this machine; find what is there twice."),
+        "vae": ("vae", "Find out which VAEs are one, and keep each only once."),
     },
     "Reference": {
         "ops": ("reference", "List the merge operations, or explain one."),

@@ -34,7 +34,7 @@ class Nowhere:
 def constants_of(output: PlannedOutput, made: Mapping[str, Tensor]) -> tuple[PlannedTensor, ...]:
     """What was made as tensors of the output, in its dtype. Raises NonFiniteResult or DtypeOverflow."""
     name = output.spec.dtype_of(None)
-    dtype = F32 if name == "keep" else OUTPUT_DTYPES[name]
+    dtype = _own_dtype(output) if name == "keep" else OUTPUT_DTYPES[name]
     bad = [key for key, tensor in made.items() if not torch.isfinite(tensor).all()]
     if bad:
         message = f'NaN or Inf in {count(len(bad), "tensor")} of "{output.name}"; nothing was written.'
@@ -44,6 +44,13 @@ def constants_of(output: PlannedOutput, made: Mapping[str, Tensor]) -> tuple[Pla
         message = f'{count(len(large), "tensor")} of "{output.name}" hold values that the output\'s dtype cannot.'
         raise DtypeOverflow(message, hint="write another dtype (bf16, fp32)", details=large)
     return tuple(_constants(made, dtype))
+
+
+def _own_dtype(output: PlannedOutput) -> Dtype:
+    """The dtype of what it is made of, as far as an output can have it."""
+    assert output.making
+    own = (read.dtype for read in output.making.reads())
+    return next((dtype for dtype in own if dtype in OUTPUT_DTYPES.values()), F32)
 
 
 def data_hash(tensors: Sequence[PlannedTensor]) -> str:

@@ -3,7 +3,7 @@
 Owns the refusals of what is no readable file, and the choice of reader. Must not know the formats
 themselves.
 
-A reader of another container is one line in `READERS`; of a folder, one in `_refuse_special`.
+A reader of another container is one line in `READERS`; folders are those of diffusers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mergekit_sd.errors import InputError, MissingInput, UnreadableInput, WrongFormat
+from mergekit_sd.formats.diffusers.folder import folder_hint, is_diffusers_folder, open_folder, single_file
 from mergekit_sd.formats.pickles.torch_legacy import read_torch_legacy
 from mergekit_sd.formats.pickles.torch_zip import read_torch_zip
 from mergekit_sd.formats.reading import InputFile, file_state
@@ -42,7 +43,16 @@ _SHAPELESS = frozenset({EMPTY.kind, UNKNOWN.kind})
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """The header of a model file, read and checked. Raises an InputError that says what is wrong."""
+    """The header of a model file, or of diffusers' folder of them, read and checked; names are LDM's.
+
+    Raises an InputError that says what is wrong.
+    """
+    path = Path(path)
+    return open_folder(path, _read_file) if is_diffusers_folder(path) else single_file(_read_file(path))
+
+
+def _read_file(path: Path) -> ModelFile:
+    """The header of one file, under its own names."""
     file = open_input(path)
     try:
         content = sniff(read_head(file))
@@ -92,7 +102,8 @@ def read_bytes(model: ModelFile, tensor: TensorInfo) -> bytes:
 
 def _refuse_special(path: Path, mode: int) -> NoReturn:
     if stat.S_ISDIR(mode):
-        raise UnreadableInput("This is a folder, not a model file.", file=path, hint="name a file in it")
+        hint = folder_hint(path) or "name a file in it"
+        raise UnreadableInput("This is a folder, not a model file.", file=path, hint=hint)
     kinds = ((stat.S_ISFIFO, "a FIFO (named pipe)"), (stat.S_ISSOCK, "a socket"))
     what = next((words for test, words in kinds if test(mode)), "a device")
     raise UnreadableInput(

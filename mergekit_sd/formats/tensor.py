@@ -55,11 +55,23 @@ class View(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A model file whose header has been read and checked.
+class FilePart:
+    """One of the files that a model lies in; its first byte stands at the offset `start`."""
 
-    `tensors` keeps the header's order. `format` is the container: "safetensors" or "pickle". `views`
+    path: Path
+    state: FileState
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model file whose header has been read and checked, or a folder of them.
+
+    `tensors` keeps the header's order. `format` is the container: "safetensors", "pickle" or "diffusers".
+    `parts` are the files of a folder, one behind the other: `state.size` is the size of all. `views`
     are the tensors that do not lie in the file as they are, `notes` what people may want to know of it.
+    `unread_tensors` lie in the file and are no part of the model (a training checkpoint's optimizer);
+    `unread_bytes` is what they take.
     """
 
     path: Path
@@ -69,3 +81,6 @@ class ModelFile:
     state: FileState
     views: tuple[View, ...] = ()
     notes: tuple[str, ...] = ()
+    unread_tensors: int = 0
+    unread_bytes: int = 0
+    parts: tuple[FilePart, ...] = ()

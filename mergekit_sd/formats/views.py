@@ -82,6 +82,62 @@ class Strided:
         return np.ascontiguousarray(gathered).reshape(-1).view(np.uint8).data
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A tensor that lies in several stretches: `pieces` are their offsets and sizes, in order."""
+
+    start: int
+    nbytes: int
+    pieces: tuple[tuple[int, int], ...]
+
+    def make(self, read: ReadInto) -> memoryview:
+        """The stretches behind each other."""
+        made = memoryview(bytearray(self.nbytes))
+        done = 0
+        for offset, nbytes in self.pieces:
+            read(made[done : done + nbytes], offset)
+            done += nbytes
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Where a file lies in a model of several: it begins at `file_start` there, its views at `views_start`.
+
+    `size` is the file's; offsets beyond it are those of its views.
+    """
+
+    size: int
+    file_start: int
+    views_start: int
+
+    def __call__(self, offset: int) -> int:
+        """The model's offset for one of the file."""
+        return offset + self.file_start if offset < self.size else offset - self.size + self.views_start
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted:
+    """A view of a file that has become part of a model."""
+
+    view: View
+    shift: Shift
+
+    @property
+    def start(self) -> int:
+        """Where it begins in the model."""
+        return self.shift(self.view.start)
+
+    @property
+    def nbytes(self) -> int:
+        """As many as the view's."""
+        return self.view.nbytes
+
+    def make(self, read: ReadInto) -> memoryview:
+        """What the view makes of its file."""
+        return self.view.make(lambda buffer, offset: read(buffer, self.shift(offset)))
+
+
 class Views:
     """The views of one open file; from any thread."""
 

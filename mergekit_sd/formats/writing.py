@@ -133,10 +133,11 @@ class OutputFile:
 
     def _copy_in_kernel(self, source: InputFile, source_offset: int, offset: int, length: int) -> int:
         """How many bytes the kernel copied; after an error none, and the buffered copy tells whose fault it is."""
-        if source_offset >= source.state.size or not hasattr(os, "copy_file_range"):
-            return 0  # beyond the file's end lie its views, which the kernel does not know
+        there = source.in_file(source_offset) if hasattr(os, "copy_file_range") else None
+        if there is None:
+            return 0  # the kernel does not know views
         try:
-            return os.copy_file_range(source.descriptor, self._file.descriptor, length, source_offset, offset)
+            return os.copy_file_range(there[0], self._file.descriptor, length, there[1], offset)
         except OSError:
             return 0
 
@@ -161,7 +162,7 @@ class OutputFile:
                 self._close()  # Windows renames only closed files
             self._rename()
             self._over = True
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
             self._close()
 
     def _rename(self) -> None:
@@ -299,7 +300,7 @@ def _preallocate(descriptor: int, length: int) -> None:
     os.ftruncate(descriptor, length)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut. Windows has no such call and needs none."""
     if claims.WINDOWS:
         return

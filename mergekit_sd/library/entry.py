@@ -6,7 +6,7 @@ Owns that value and how it is read from a file. Must not know the index.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from mergekit_sd.formats.reading import file_state
 from mergekit_sd.formats.tensor import FileState, ModelFile, TensorInfo
 from mergekit_sd.inspection.naming import bare_name
 from mergekit_sd.inspection.position_ids import position_ids
+from mergekit_sd.library.lineage import named_parents
 
 NOWHERE = FileState(0, 0, 0, 0)
 LONGEST = 500  # characters kept of a title
@@ -30,7 +31,8 @@ class LibraryEntry:
 
     `components` gives the bytes of each component that has weights. `title` is ModelSpec's,
     `trained_as` the name that a trainer gave it. `hashes` are by kind: "content", "weights:vae", and
-    where they were asked for "sha256", "autov1", "autov3".
+    where they were asked for "sha256", "autov1", "autov3". `parents` are the models that its metadata says
+    it was made of: of each the name, and its hashes by kind.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class LibraryEntry:
     title: str | None = None
     trained_as: str | None = None
     error: str | None = None
+    parents: Sequence[Mapping[str, str]] = field(default_factory=list)
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -89,6 +92,7 @@ class LibraryEntry:
             "ema": self.ema,
             "junk": self.junk,
             "position_ids": self.position_ids,
+            "parents": [dict(parent) for parent in self.parents],
             "hashes": dict(self.hashes),
             "error": self.error,
         }
@@ -165,6 +169,7 @@ def entry_of(opened: Opened) -> LibraryEntry:
         position_ids=None if ids is None else ids.state,
         title=_cut(model.metadata.get("modelspec.title")),
         trained_as=_cut(model.metadata.get("ss_output_name")),
+        parents=named_parents(model.metadata),
     )
 
 

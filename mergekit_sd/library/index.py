@@ -22,7 +22,7 @@ from mergekit_sd.library.store import connect, library_file, told
 from mergekit_sd.version import VERSION
 
 _COLUMNS = "path, node, size, mtime_ns, version, format, kind, architecture, facts"
-_FACTS = ("dtypes", "components", "ema", "junk", "position_ids", "title", "trained_as", "error")
+_FACTS = ("dtypes", "components", "ema", "junk", "position_ids", "title", "trained_as", "error", "parents")
 _NAMES = _COLUMNS.split(", ")
 _UPSERT = (
     f"INSERT INTO files ({_COLUMNS}) VALUES ({', '.join('?' * len(_NAMES))}) ON CONFLICT (path) DO UPDATE SET "
@@ -77,6 +77,14 @@ class Library:
         condition = f"WHERE path IN (SELECT path FROM hashes WHERE value >= ? AND value < ? AND kind IN ({marks}))"
         return self._entries(condition, (value, value + "g", *kinds))  # "g" follows every hex digit
 
+    def signature(self, entry: LibraryEntry, method: int) -> bytes | None:
+        """The signature of a file as it is in the entry, or of a hard link to it, made by that method."""
+        condition = f"({_IS_ROW}) OR (node = ? AND node <> '' AND size = ? AND mtime_ns = ?)"
+        sql = f"SELECT data FROM signatures JOIN files USING (path) WHERE method = ? AND ({condition}) LIMIT 1"
+        state = _state(entry.state)
+        found = self._read(sql, (method, os.fsencode(entry.path), *state, *state))
+        return found[0][0] if found else None
+
     def outdated(self) -> set[Path]:
         """Files whose header another version of the program read."""
         return {_path(path) for (path,) in self._read("SELECT path FROM files WHERE version <> ?", (VERSION,))}
@@ -92,7 +100,7 @@ class Library:
         with self._writing() as connection:
             for entry in entries:
                 path, state = os.fsencode(entry.path), _state(entry.state)
-                _forget_old_hashes(connection, path, state)
+                _forget_old(connection, path, state)
                 facts = json.dumps({name: value for name in _FACTS if (value := getattr(entry, name))})
                 row = (path, *state, VERSION, entry.format, entry.kind, entry.architecture, facts)
                 connection.execute(_UPSERT, row)
@@ -105,6 +113,13 @@ class Library:
                 row = (os.fsencode(entry.path), *_state(entry.state))
                 if connection.execute(f"SELECT 1 FROM files WHERE {_IS_ROW}", row).fetchone():
                     _insert_hashes(connection, row[0], hashes)
+
+    def add_signature(self, entry: LibraryEntry, method: int, data: bytes) -> None:
+        """Add a file's signature, unless its row is of another state by now."""
+        with self._writing() as connection:
+            row = (os.fsencode(entry.path), *_state(entry.state))
+            if connection.execute(f"SELECT 1 FROM files WHERE {_IS_ROW}", row).fetchone():
+                connection.execute("INSERT OR REPLACE INTO signatures VALUES (?, ?, ?)", (row[0], method, data))
 
     def drop(self, paths: Iterable[Path]) -> None:
         """Forget files."""
@@ -153,10 +168,11 @@ class Library:
 # --- values and rows ---------------------------------------------------------------------------------
 
 
-def _forget_old_hashes(connection: sqlite3.Connection, path: bytes, state: tuple[str, int, int]) -> None:
+def _forget_old(connection: sqlite3.Connection, path: bytes, state: tuple[str, int, int]) -> None:
     """All that were made of another state of the file; the components' too where another version told them apart."""
     same = f"EXISTS (SELECT 1 FROM files WHERE {_IS_ROW})"
-    connection.execute(f"DELETE FROM hashes WHERE path = ? AND NOT {same}", (path, path, *state))
+    for table in ("hashes", "signatures"):
+        connection.execute(f"DELETE FROM {table} WHERE path = ? AND NOT {same}", (path, path, *state))
     read_by_us = "EXISTS (SELECT 1 FROM files WHERE path = ? AND version = ?)"
     components = f"DELETE FROM hashes WHERE path = ? AND kind LIKE '{WEIGHTS}%' AND NOT {read_by_us}"
     connection.execute(components, (path, path, VERSION))

@@ -18,7 +18,7 @@ from pathlib import Path
 from mergekit_sd.errors import DiskFull, EnvironmentFault, NotWritable, TargetLocked
 
 DATA_VARIABLE = "MERGEKIT_SD_DATA"
-SCHEMA = 1
+SCHEMA = 2
 APPLICATION = 0x6D6B7364  # "mksd": tells our file from another program's library.db
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 
@@ -44,6 +44,12 @@ _TABLES = (
         PRIMARY KEY (path, kind)
     ) WITHOUT ROWID""",
     "CREATE INDEX hashes_by_value ON hashes (value)",
+    # `method` is the way in which a signature was made: those of another cannot be compared.
+    """CREATE TABLE signatures (
+        path BLOB PRIMARY KEY REFERENCES files (path) ON DELETE CASCADE ON UPDATE CASCADE,
+        method INTEGER NOT NULL,
+        data BLOB NOT NULL
+    )""",
     "CREATE TABLE folders (path BLOB PRIMARY KEY) WITHOUT ROWID",
 )
 _BUSY_TRIES, _BUSY_PAUSE = 100, 0.05

@@ -9,11 +9,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from mergekit_sd.formats.diffusers.folder import MODEL_INDEX
 from mergekit_sd.formats.open import MODEL_SUFFIXES
 
 
 class Walk:
     """Goes through folders and all below them; hidden ones are left out, unless they were named.
+
+    So are the folders of a model that diffusers saved as one: they hold its parts.
 
     `on_folder` is called before each. `unreadable` lists those that could not be looked into, with the
     reason, as they are come across.
@@ -43,6 +46,8 @@ class Walk:
                 self.unreadable[folder] = error.strerror or str(error)
                 continue
             below = [entry for entry in entries if not entry.name.startswith(".")]
+            if any(entry.name == MODEL_INDEX for entry in below):  # the folders in it are the parts of one model
+                below = [entry for entry in below if not _is_folder(entry)]
             waiting += [Path(entry.path) for entry in reversed(below) if entry.is_dir(follow_symlinks=False)]
             links += [Path(entry.path) for entry in below if entry.is_symlink() and _is_folder(entry)]
             yield from (Path(entry.path) for entry in below if _is_model(entry))

@@ -11,16 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from mergekit_sd.adapters.styles import Style, key_of
+from mergekit_sd.adapters.styles import ALPHA, DOWN, UP, Style, key_of
 from mergekit_sd.adapters.targets import Layer, Target
 from mergekit_sd.lazy import torch
+from mergekit_sd.lora.factors import Factors, clamp, split
 from mergekit_sd.lora.ranks import Candidate, Rule, share_out
+from mergekit_sd.lora.report import ModuleKept
 from mergekit_sd.lora.svd import Decomposition, svd_by_rule
 from mergekit_sd.operations.draws import Draw
 from mergekit_sd.operations.survey import Models
 from mergekit_sd.operations.types import Key, Tensor
 
 MIB = 1 << 20
+WITH_ALPHA = ("kohya", "comfyui")
 ENCODERS: TypeAlias = Literal["keep", "drop", "threshold"]
 
 
@@ -68,26 +71,11 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What became of a layer's change: its rank (0: left out), and how much of its norm the factors have."""
-
-    module: str
-    block: str
-    component: str
-    rank: int
-    values: int
-    energy: float
-    """‖ΔW‖²: the sum of the squares of the whole change."""
-    kept: float
-    """The sum of the squares of what the factors make."""
-
-
-@dataclass(frozen=True, slots=True)
 class Extracted:
     """The tensors of a LoRA file, float32, by their names there; and what became of each layer's change."""
 
     tensors: Mapping[str, Tensor]
-    layers: tuple[Kept, ...]
+    layers: tuple[ModuleKept, ...]
     dropped: Mapping[str, float] = field(default_factory=dict)
     """The text encoders that were left out, with their greatest change."""
 
@@ -143,11 +131,11 @@ def _chosen(found: list[_Found], settings: Settings) -> Extracted:
     if settings.size is not None:
         held = _within(held, settings.size, settings.itemsize)
     tensors: dict[str, Tensor] = {}
-    ranks = {each.source.module: each.parts for each in held if each.parts is not None}
-    for module, parts in ranks.items():
-        source = next(each.source for each in held if each.source.module == module)
-        tensors |= _written(source, parts, settings)
-    return Extracted(tensors, tuple(_kept(each, ranks.get(each.source.module)) for each in found), dropped)
+    for each in held:
+        tensors |= _written(each.source, each, settings)
+    ranks = {each.source.module: each.parts for each in held}
+    layers = tuple(_kept(each, ranks.get(each.source.module), settings.itemsize) for each in found)
+    return Extracted(tensors, layers, dropped)
 
 
 def _dropped_encoders(found: list[_Found], settings: Settings) -> dict[str, float]:
@@ -173,29 +161,27 @@ def _within(held: list[_Found], size: int, itemsize: int) -> list[_Found]:
     ]
 
 
-def _written(source: Source, parts: Decomposition, settings: Settings) -> dict[str, Tensor]:
-    """A layer's factors under their names: up = U·S, down = Vᵀ, as kohya has them; alpha is the rank."""
-    rank = len(parts.s)
-    up = parts.u * parts.s.float()
-    down = parts.vh
+def _written(source: Source, found: _Found, settings: Settings) -> dict[str, Tensor]:
+    """A layer's factors under their names; alpha is the rank."""
+    assert found.parts is not None
+    factors = split(found.parts)
     if settings.clamp < 1:
-        most = torch.cat([up.flatten(), down.flatten()]).abs().quantile(settings.clamp)
-        up, down = up.clamp(-most, most), down.clamp(-most, most)
-    spatial = source.shape[2:]
-    made = {
-        "lora_down.weight": down.reshape(rank, source.shape[1], *spatial),
-        "lora_up.weight": up.reshape(source.shape[0], rank, *(1 for _ in spatial)),
-    }
-    if settings.style in ("kohya", "comfyui"):
-        made["alpha"] = torch.tensor(float(rank))
-    return {key_of(source.module, part, settings.style): tensor for part, tensor in made.items()}
+        factors = clamp(factors, settings.clamp)
+    return named(source.module, factors, source.shape, settings.style)
 
 
-def _kept(found: _Found, parts: Decomposition | None) -> Kept:
-    source = found.source
-    energy = found.parts.energy if found.parts else 0.0
-    kept = float(parts.s.square().sum()) if parts else 0.0
+def named(module: str, factors: Factors, shape: tuple[int, ...], style: Style) -> dict[str, Tensor]:
+    """Factors as a file has them, for a weight of that shape. PEFT and diffusers have no alpha: up takes the scale."""
+    up, down = factors.in_shape(shape)
+    if style not in WITH_ALPHA:
+        up = up * factors.scale
+    made = {DOWN: down, UP: up} | ({ALPHA: torch.tensor(factors.alpha)} if style in WITH_ALPHA else {})
+    return {key_of(module, part, style): tensor for part, tensor in made.items()}
+
+
+def _kept(found: _Found, parts: Decomposition | None, itemsize: int) -> ModuleKept:
+    source, change = found.source, math.sqrt(found.parts.energy) if found.parts else 0.0
     rank = len(parts.s) if parts else 0
-    return Kept(
-        source.module, source.block, source.layer.component, rank, rank * source.cost, energy, min(kept, energy)
-    )
+    share = math.sqrt(min(1.0, float(parts.s.square().sum()) / parts.energy)) if parts else 0.0
+    kept = share if change else 1.0
+    return ModuleKept(source.module, source.block, rank, rank * source.cost * itemsize, change, kept)

@@ -18,8 +18,8 @@ from mergekit_sd.operations.draws import Draw
 if TYPE_CHECKING:
     from mergekit_sd.operations.types import Tensor
 
-# Sweeps over both halves of a LoHa; most of what there is to gain comes in the first few.
-SWEEPS = 8
+# Sweeps over both halves of a LoHa at most, and the share of the distance that one must gain for there to be a next.
+SWEEPS, SETTLED = 64, 1e-3
 # What the half that starts as ones starts with besides, so that its other columns have a way to go.
 SPREAD = 0.1
 # Added to the diagonal of least squares, relative to it, so that columns that are not needed have an answer.
@@ -56,9 +56,11 @@ def hadamard(change: Tensor, rank: int, *, draw: Draw) -> Hadamard:
     """A LoHa of that rank near a float32 (out, in) change.
 
     There is no closed form. With one half given, each row and each column of the other is a problem
-    of least squares, and the halves take turns, from the best plain LoRA and a half of ones. The
-    result is no farther from the change than that LoRA, which is half the size; it need not be the
-    nearest. Slow beside a LoRA: r² products with the matrix in place of r.
+    of least squares, and the halves take turns, from the best plain LoRA and a half of ones, until
+    a turn gains next to nothing. The result is no farther from the change than that LoRA, which is
+    half the size. It is often not the nearest: turns end in local minima, even where the change is
+    a LoHa, and a LoRA of the same size (of rank 2r) may be nearer. Slow beside a LoRA: r² products
+    with the matrix in place of r.
     """
     rank = min(rank, *change.shape)
     first = split(truncated_svd(change, rank, draw=draw), balanced=True)
@@ -67,12 +69,16 @@ def hadamard(change: Tensor, rank: int, *, draw: Draw) -> Hadamard:
     # Columns of zeros would never grow.
     spread = [draw.normal(each, stream=1).mul_(SPREAD) for each in (best.w2_a, best.w2_b)]
     now = replace(best, w2_a=best.w2_a + spread[0], w2_b=best.w2_b + spread[1])
+    last = math.inf
     for _ in range(SWEEPS):
         now = Hadamard(now.w1_a, now.w1_b, *_half(change, now.w1_a @ now.w1_b, now.w2_b))
         now = Hadamard(*_half(change, now.w2_a @ now.w2_b, now.w1_b), now.w2_a, now.w2_b)
         distance = _distance(change, now)
         if distance < least:
             best, least = now, distance
+        if last - distance <= SETTLED * distance:
+            break
+        last = distance
     return best
 
 

@@ -160,7 +160,7 @@ class Rule:
             raise UsageError(f"There is no rank rule {self.kind!r}.", hint=f"The rules are {', '.join(RULES)}.")
         least = 1.0 if self.kind in _AT_LEAST_ONE else 0.0
         greatest = float("inf") if self.kind in _ANY_SIZE else 1.0
-        whole = self.kind != "fixed" or self.amount == int(self.amount)
+        whole = self.kind != "fixed" or float(self.amount).is_integer()
         if not (least <= self.amount <= greatest and self.amount < float("inf") and whole):
             wanted = "a whole number from 1" if self.kind == "fixed" else f"from {least:g} to {greatest:g}"
             raise UsageError(f"The rank rule {self.kind} cannot be {self.amount:g}: it is {wanted}.")

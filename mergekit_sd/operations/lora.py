@@ -8,6 +8,8 @@ from typing import Annotated
 from mergekit_sd.operations.registry import operation
 from mergekit_sd.operations.types import ChoiceKind, Lora, Loras, Out, SettingKind, Weight
 
+STYLES = ("kohya", "peft", "diffusers", "comfyui")
+RESIZE_RULES = ("fixed", "sv_ratio", "sv_cumulative", "sv_fro", "threshold", "ratio", "quantile", "norm", "error")
 RANK_RULES = ("fixed", "threshold", "ratio", "quantile", "norm", "error")
 
 
@@ -46,7 +48,7 @@ def extract_lora(
     clamp: Annotated[float, SettingKind(0.0, 1.0)] = 1.0,
     text_encoder: Annotated[str, ChoiceKind(("keep", "drop", "threshold"))] = "keep",
     min_diff: Annotated[float, SettingKind(0.0, None)] = 0.01,
-    style: Annotated[str, ChoiceKind(("kohya", "comfyui"))] = "kohya",
+    style: Annotated[str, ChoiceKind(STYLES)] = "kohya",
     out: Out = None,
 ) -> Lora:
     """A LoRA file of what training (or a merge) has changed: base with it is nearly tuned.
@@ -58,5 +60,68 @@ def extract_lora(
     dropped, or by threshold: where nothing changed by more than `min_diff`, as kohya does. `clamp` below 1 cuts
     factors off at that quantile, as kohya does at 0.99; it loses accuracy. Factors by a randomised SVD (Halko,
     Martinsson & Tropp 2011; Musco & Musco 2015), within 0.1 % of the least possible error.
+    """
+    raise NotImplementedError("planned")
+
+
+@operation(
+    "LoRA and its relatives",
+    "Σ strength·ΔW, exactly at rank 0 (ranks add up), else truncated",
+    planned=True,
+    also=("merge LoRAs (kohya svd_merge_lora)", "concat LoRAs", "merge LoRA (supermerger)"),
+)
+def merge_loras(
+    loras: Loras,
+    *,
+    rank: Annotated[int, SettingKind(0, None, whole=True)] = 0,
+    method: Annotated[str, ChoiceKind(("sum", "ties", "dare"))] = "sum",
+    density: Annotated[float, SettingKind(0.0, 1.0)] = 0.5,
+    style: Annotated[str, ChoiceKind(STYLES)] = "kohya",
+    out: Out = None,
+) -> Lora:
+    """One LoRA that does what several do together, each at its strength.
+
+    At rank 0 factors are put side by side: the same to rounding, and linear in the strengths (kohya's merge
+    multiplies both factors, so that 0.5 gives a quarter). A rank truncates the sum, by QR of the factors and a small
+    SVD. "ties" and "dare" merge the differences themselves as those methods do (`ties`, `dare_linear`, over a base of
+    zeros) and need a rank. Files of different trainers meet by the layers that their names mean.
+    """
+    raise NotImplementedError("planned")
+
+
+@operation(
+    "LoRA and its relatives",
+    "up·down of a lower rank, the nearest there is",
+    planned=True,
+    also=("resize LoRA (kohya)",),
+)
+def resize_lora(
+    lora: Lora,
+    *,
+    rank: Annotated[int, SettingKind(1, None, whole=True)] = 16,
+    rule: Annotated[str, ChoiceKind(RESIZE_RULES)] = "fixed",
+    amount: Annotated[float, SettingKind(0.0, None)] = 0.9,
+    out: Out = None,
+) -> Lora:
+    """A smaller LoRA that does nearly the same: the greatest singular values of every layer's change.
+
+    Rules other than "fixed" find each layer's rank, `rank` at most: sv_ratio (values above the greatest
+    divided by `amount`), sv_cumulative and sv_fro (that share of their sum, of their norm) as in kohya's sd-scripts,
+    and those of `extract_lora`. Exact, by QR of both factors and the SVD of a small matrix. What is not LoRA in the
+    file (LoHa, DoRA, …) stays as it is.
+    """
+    raise NotImplementedError("planned")
+
+
+@operation(
+    "LoRA and its relatives",
+    "the same factors under another trainer's names",
+    planned=True,
+    also=("convert LoRA",),
+)
+def rename_lora(lora: Lora, *, style: Annotated[str, ChoiceKind(STYLES)] = "kohya", out: Out = None) -> Lora:
+    """A LoRA file under the names of kohya, PEFT, diffusers or ComfyUI.
+
+    PEFT and diffusers have no alpha: it goes into the factors. Only LoRA and DoRA have names there.
     """
     raise NotImplementedError("planned")

@@ -16,6 +16,7 @@ from mergekit_sd.architectures import Architecture
 from mergekit_sd.errors import MissingTensors, ShapeMismatch, WrongFormat
 from mergekit_sd.lora.extraction import MIB, Extracted, Settings, Source, extraction
 from mergekit_sd.lora.ranks import Rule
+from mergekit_sd.lora.report import BlockKept, by_block, total
 from mergekit_sd.operations.types import Key
 from mergekit_sd.planning.expression import Survey
 from mergekit_sd.planning.models import Model, StepReport, check_families
@@ -24,6 +25,7 @@ from mergekit_sd.text import count, listed
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _ITEMSIZE = 2  # of float16, which LoRAs are mostly written in
+MOST_LISTED = 10
 
 
 def extract_lora(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[Model, StepReport]:
@@ -43,7 +45,7 @@ def extract_lora(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[
     architecture = tuned.layout.architecture
     assert architecture is not None
     making = Making(
-        survey, min(size, settings.size or size), lambda made: _labels(architecture, settings, made), _report
+        survey, min(size, settings.size or size), lambda made: _labels(architecture, settings, made), report_of
     )
     report = StepReport(
         step.name,
@@ -134,21 +136,26 @@ def _sides(source: Source) -> tuple[int, int]:
 
 def _labels(architecture: Architecture, settings: Settings, made: Extracted) -> dict[str, str]:
     """kohya's metadata, by which the WebUI, ComfyUI and Civitai know a LoRA; all of it text."""
-    ranks = Counter(each.rank for each in made.layers if each.rank and not _is_conv(each.module, made))
+    ranks = Counter(each.rank for each in made.layers if each.rank and not _is_conv(each.name, made))
     rank = ranks.most_common(1)[0][0] if ranks else int(settings.rule.amount)
-    family = architecture.family
-    version = _BASE_VERSIONS.get(family, family)
     arguments: dict[str, str] = {}
     if settings.conv_rule is not None:
-        most = max((each.rank for each in made.layers if _is_conv(each.module, made)), default=0)
+        most = max((each.rank for each in made.layers if _is_conv(each.name, made)), default=0)
         arguments = {"conv_dim": str(most), "conv_alpha": str(float(most))}
-    return {
-        "ss_v2": str(family == "sd2"),
-        "ss_base_model_version": version,
-        "ss_network_module": "networks.lora",
+    return base_labels(architecture) | {
         "ss_network_dim": str(rank) if len(ranks) <= 1 else "Dynamic",
         "ss_network_alpha": str(float(rank)) if len(ranks) <= 1 else "Dynamic",
         "ss_network_args": json.dumps(arguments),
+    }
+
+
+def base_labels(architecture: Architecture) -> dict[str, str]:
+    """kohya's metadata of any LoRA for a family."""
+    family = architecture.family
+    return {
+        "ss_v2": str(family == "sd2"),
+        "ss_base_model_version": _BASE_VERSIONS.get(family, family),
+        "ss_network_module": "networks.lora",
     }
 
 
@@ -157,28 +164,22 @@ def _is_conv(module: str, made: Extracted) -> bool:
     return down is not None and down.ndim == 4 and down.shape[-1] > 1
 
 
-def _report(made: Extracted) -> dict[str, Any]:
+def report_of(made: Extracted) -> dict[str, Any]:
     """Per block the share of the change that is kept, and the layers that take most; plain data."""
-    blocks: dict[str, list[Any]] = {}
-    for each in made.layers:
-        blocks.setdefault(each.block, []).append(each)
-    changed = [each for each in made.layers if each.energy]
+    if not made.layers:
+        return {"layers": 0, "unchanged": 0, "kept": None, "blocks": {}, "largest": [], "dropped": {}}
+    changed = [each for each in made.layers if each.change]
+    largest = sorted(made.layers, key=lambda each: -each.size)[:MOST_LISTED]
     return {
         "layers": sum(bool(each.rank) for each in made.layers),
         "unchanged": len(made.layers) - len(changed),
-        "kept": _share(made.layers),
-        "blocks": {
-            block: {"kept": _share(each), "values": sum(e.values for e in each)} for block, each in blocks.items()
-        },
-        "largest": [
-            {"module": each.module, "rank": each.rank, "values": each.values, "kept": _share([each])}
-            for each in sorted(made.layers, key=lambda each: -each.values)[:10]
-        ],
+        "kept": total("all", made.layers).kept if changed else None,
+        "blocks": {each.name: each.as_json() for each in sorted(by_block(made.layers), key=_place)},
+        "largest": [each.as_json() for each in largest],
         "dropped": dict(made.dropped),
     }
 
 
-def _share(layers: Any) -> float | None:
-    """‖kept‖/‖change‖ over some layers; None where nothing has changed."""
-    energy = sum(each.energy for each in layers)
-    return (sum(each.kept for each in layers) / energy) ** 0.5 if energy else None
+def _place(block: BlockKept) -> tuple[int, str]:
+    order = {"IN": 1, "M": 2, "OUT": 3}
+    return order.get(block.name.rstrip("0123456789"), 0), block.name

@@ -14,6 +14,7 @@ from mergekit_sd.planning import surgery
 from mergekit_sd.planning.adapters import inject_loras
 from mergekit_sd.planning.expression import Apply, Expression, RestChannels
 from mergekit_sd.planning.lora import extract_lora
+from mergekit_sd.planning.lora_files import merge_loras, rename_lora, resize_lora
 from mergekit_sd.planning.models import (
     Model,
     StepReport,
@@ -33,14 +34,20 @@ def follow_step(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[M
         return _apply_formula(step, step.formula, operands)
     if step.operation.name == "inject_lora":
         return inject_loras(step, operands, seed if step.seed is None else step.seed)
-    if step.operation.name == "extract_lora":
-        return extract_lora(step, operands, seed)
+    if step.operation.name in MAKING:
+        return MAKING[step.operation.name](step, operands, seed)
     if step.operation.name in SURGERY:
         model = SURGERY[step.operation.name](*operands.values(), **step.settings)
         return replace(model, name=step.name), _unchanged(step, model, operands)
     return apply_step(step, operands, seed)
 
 
+MAKING: Mapping[str, Callable[[Step, Mapping[str, Model], int], tuple[Model, StepReport]]] = {
+    "extract_lora": extract_lora,
+    "merge_loras": merge_loras,
+    "resize_lora": resize_lora,
+    "rename_lora": rename_lora,
+}
 SURGERY: Mapping[str, Callable[..., Model]] = {
     "prune": surgery.prune,
     "fix": surgery.fix,

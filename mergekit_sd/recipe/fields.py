@@ -146,9 +146,14 @@ Lora = Annotated[Annotated[Name, Tag("<text>")] | Annotated[LoraEntry, Tag("<tab
 
 def operand_field(operand: Operand) -> tuple[Any, Any]:
     """The field that names an operand, or a list of them."""
-    if operand.space == "lora":
+    if operand.space == "lora" and operand.many:
         return list[Lora], Field(min_length=1, description='LoRA files: names, "<lora:name:0.8>", or tables.')
-    kind = {"weight": "A model", "delta": "A difference of models", "same": "A model or a difference"}[operand.space]
+    kind = {
+        "weight": "A model",
+        "delta": "A difference of models",
+        "same": "A model or a difference",
+        "lora": "A LoRA",
+    }[operand.space]
     if operand.many:
         return list[Name], Field(min_length=1, description=f"{kind}, each: the names of models or steps.")
     said = f"{kind}: the name of a model or step."

@@ -214,7 +214,7 @@ def _operands(operation: Operation, values: Mapping[str, Any]) -> dict[str, str]
     operands: dict[str, str] = {}
     for operand in operation.operands:
         value = values[operand.name]
-        if operand.space == "lora":
+        if operand.space == "lora" and operand.many:
             continue
         if operand.many:
             operands |= {f"{operand.name}.{index}": name for index, name in enumerate(value)}
@@ -227,7 +227,7 @@ def _loras(operation: Operation, values: Mapping[str, Any], where: Where) -> dic
     return {
         f"{operand.name}.{index}": parse_lora(entry, where.at(operand.name).at(index))
         for operand in operation.operands
-        if operand.space == "lora"
+        if operand.space == "lora" and operand.many
         for index, entry in enumerate(values[operand.name])
     }
 

@@ -69,9 +69,9 @@ def _change(weight: Tensor, parts: Parts, strength: float) -> Tensor:
     first, second, up, down = (flat(parts, name) for name in (roles.first, roles.second, roles.up, roles.down))
     factor = strength * scale(parts, second.shape[0])
     columns = weight.reshape(weight.shape[0], first.shape[0], -1)
-    turned = torch.einsum("oik,ir,rj->ojk", columns, first, second * factor).reshape(weight.shape)
+    turned = torch.einsum("ork,rj->ojk", torch.einsum("oik,ir->ork", columns, first), second)
     added = tucker(parts[BM], up.T, down) if BM in parts else up @ down
-    return weight + turned + factor * added.reshape(weight.shape)
+    return weight + factor * (turned.reshape(weight.shape) + added.reshape(weight.shape))
 
 
 GLORA = Algorithm("GLoRA", (_FACTORS,), _FACTORS | {BM} | SETTINGS, check=_check, rank=_rank, change=_change)

@@ -23,7 +23,6 @@ from mergekit_sd.adapters.algorithms.parts import (
     shape_of,
     tucker,
 )
-from mergekit_sd.lazy import torch
 from mergekit_sd.operations.types import Tensor
 
 W1, W1_A, W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
@@ -81,7 +80,8 @@ def _delta(parts: Parts, shape: Shape) -> Tensor:
     factor = scale(parts, rank) if rank else number(parts, SCALE)
     if factor is not None:
         first = first * factor
-    return torch.kron(first, _second(parts)).reshape(shape)
+    # Not torch.kron: it refuses some strides.
+    return (first[:, None, :, None] * _second(parts)[None, :, None, :]).reshape(shape)
 
 
 def _second(parts: Parts) -> Tensor:

@@ -120,5 +120,6 @@ def flat(parts: Parts, name: str) -> Tensor:
 
 def tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Σ core[i,j,…]·left[i,p]·right[j,q], the kernel flattened: (p, q, k)."""
-    i, j = left.shape[0], right.shape[0]
-    return torch.einsum("ijk,ip,jq->pqk", core.reshape(i, j, -1), left, right)
+    cube = core.reshape(left.shape[0], right.shape[0], -1)
+    # Two by two: of three, which pair goes first depends on whether opt_einsum is installed, and so does rounding.
+    return torch.einsum("pjk,jq->pqk", torch.einsum("ijk,ip->pjk", cube, left), right)

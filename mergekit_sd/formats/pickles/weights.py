@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from mergekit_sd.errors import MalformedFile, WrongFormat
 from mergekit_sd.formats.pickles.placing import FindStorage, Placing
@@ -25,6 +25,8 @@ MAX_DEPTH = 8  # containers within each other whose tensors get names
 LONGEST_PART = 200  # characters of each part of such a name
 MOST_PATHS = 100_000  # tensors that get one
 LONGEST_VALUE = 1000  # characters of a text that is taken for metadata
+LONGEST_LIST = 32  # numbers of a list that is
+OPTIMIZER = "optimizer"  # what the names of a training program's own tensors start with
 LONGEST_LABEL = 160  # characters of a name that people are shown
 MOST_NAMES = 20  # that a note lists
 
@@ -45,9 +47,19 @@ def model_of(
         _refuse(f"There are no tensors in this checkpoint; it holds {names or 'nothing'}.", file)
     placing = Placing(file.path, file.state.size, find)
     tensors = {name: placing.place(name, tensor) for name, tensor in named.items()}
-    notes = (*notes, *_packed_note(placing.packed), *_notes(around, inner, named.values()), *_reported_note(reported))
-    metadata = _metadata(around if _has_tensors(inner) else [*around, inner])
-    return ModelFile(file.path, "pickle", tensors, metadata, file.state, tuple(placing.views), notes)
+    beside, plain = _beside(around, inner, named.values())
+    notes = (*notes, *_packed_note(placing.packed), *_notes(beside, plain), *_reported_note(reported))
+    return ModelFile(
+        file.path,
+        "pickle",
+        tensors,
+        _metadata(around if _has_tensors(inner) else [*around, inner]),
+        file.state,
+        tuple(placing.views),
+        notes,
+        unread_tensors=sum(each.tensors for each in beside),
+        unread_bytes=sum(each.nbytes for each in beside),
+    )
 
 
 def _items(value: object) -> Items | None:
@@ -82,10 +94,14 @@ def _named(items: Items, file: InputFile) -> dict[str, StoredTensor]:
     """The tensors by name.
 
     Without a tensor on this level, those within get names of their paths, as hypernetworks
-    (`768.0.linear.0.weight`) and textual inversions (`string_to_param.*`) need.
+    (`768.0.linear.0.weight`) and textual inversions (`string_to_param.*`) need; an optimizer's do not.
     """
     found: dict[str, StoredTensor] = {}
-    for name, value in items.items() if _has_tensors(items) else islice(_paths(items), MOST_PATHS):
+    pairs: Iterable[tuple[object, object]] = items.items()
+    if not _has_tensors(items):
+        weights = {name: value for name, value in pairs if not _is_optimizer(name)}
+        pairs = islice(_paths(weights), MOST_PATHS)
+    for name, value in pairs:
         if isinstance(value, OtherTensor):
             hint = "load it with torch, and save it as an ordinary tensor"
             raise WrongFormat(f"The tensor is {value.words}.", file=file.path, key=str(name), hint=hint)
@@ -94,6 +110,10 @@ def _named(items: Items, file: InputFile) -> dict[str, StoredTensor]:
                 raise MalformedFile("Two tensors have this name.", file=file.path, key=name, hint=DAMAGED)
             found[name] = value
     return found
+
+
+def _is_optimizer(name: object) -> bool:
+    return isinstance(name, str) and name.startswith(OPTIMIZER)
 
 
 def _paths(items: Items) -> Iterator[tuple[str, object]]:
@@ -123,20 +143,35 @@ def _children(value: object) -> list[tuple[str, object]]:
 # --- the rest --------------------------------------------------------------------------------------
 
 
-def _notes(around: Iterable[Items], inner: Items, named: Iterable[StoredTensor]) -> Iterator[str]:
+class _Beside(NamedTuple):
+    """An entry with tensors that are no part of the model."""
+
+    label: str
+    tensors: int
+    nbytes: int
+
+
+def _beside(around: Iterable[Items], inner: Items, named: Iterable[StoredTensor]) -> tuple[list[_Beside], list[str]]:
     """The tensors that are no part of the model, by where they are; and what is no tensor in its state dict."""
+    named = list(named)
     seen = {id(tensor) for tensor in named}
+    storages = {tensor.storage.key for tensor in named}
     direct = _has_tensors(inner)
-    beside: list[str] = []
+    beside: list[_Beside] = []
     plain: list[str] = []
     for items in (*around, inner):
         for name, value in items.items():
-            number, nbytes = _counted(value, seen)
+            number, nbytes = _counted(value, seen, storages)
             if number:
-                beside.append(f"{_label(name)}: {count(number, 'tensor')}, {size(nbytes)}, no part of the model")
+                beside.append(_Beside(_label(name), number, nbytes))
             elif items is inner and direct and not isinstance(value, StoredTensor):
                 plain.append(_label(name))
-    yield from beside[:MOST_NAMES]
+    return beside, plain
+
+
+def _notes(beside: list[_Beside], plain: list[str]) -> Iterator[str]:
+    for label, number, nbytes in beside[:MOST_NAMES]:
+        yield f"{label}: {count(number, 'tensor')}, {size(nbytes)}, no part of the model"
     if len(beside) > MOST_NAMES:
         yield f"{len(beside) - MOST_NAMES:,} more entries with tensors that are no part of the model"
     if plain:
@@ -149,8 +184,11 @@ def _label(name: object) -> str:
     return shown(text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…")
 
 
-def _counted(value: object, seen: set[int]) -> tuple[int, int]:
-    """How many tensors are within, and how many bytes they take; each is counted once."""
+def _counted(value: object, seen: set[int], storages: set[str | int]) -> tuple[int, int]:
+    """How many tensors are within, and how many bytes they take; each is counted once.
+
+    What shares one of these storages with the model takes none.
+    """
     number = nbytes = 0
     waiting = [value]
     while waiting:
@@ -159,7 +197,8 @@ def _counted(value: object, seen: set[int]) -> tuple[int, int]:
             continue
         if isinstance(each, StoredTensor | OtherTensor):
             number += 1
-            nbytes += min(each.numel * each.itemsize, each.storage.nbytes) if isinstance(each, StoredTensor) else 0
+            if isinstance(each, StoredTensor) and each.storage.key not in storages:
+                nbytes += min(each.numel * each.itemsize, each.storage.nbytes)
         elif isinstance(each, dict):
             waiting += each.values()
         elif isinstance(each, list | tuple):
@@ -193,14 +232,18 @@ def _metadata(levels: Iterable[Items]) -> dict[str, str]:
 
 
 def _text(value: object) -> str | None:
-    if type(value) is int and value.bit_length() >= 64:
-        return None
     if isinstance(value, str):
         try:
             return value if len(value.encode()) <= LONGEST_VALUE else None
         except UnicodeEncodeError:
             return None
-    return str(value) if isinstance(value, bool | int | float) else None
+    if isinstance(value, list | tuple) and 0 < len(value) <= LONGEST_LIST:
+        return str(list(value)) if all(_is_number(each) for each in value) else None
+    return str(value) if _is_number(value) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, bool | int | float) and (type(value) is not int or value.bit_length() < 64)
 
 
 def _words(value: object) -> str:
