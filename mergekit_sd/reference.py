@@ -213,6 +213,7 @@ COMMANDS = {
     "prune": "prune a.safetensors --ema drop",
     "fix": "fix a.safetensors",
     "extract": "extract a.safetensors --component vae",
+    "convert": "convert a.ckpt",
     "replace": "bake-vae a.safetensors b.safetensors",
     "extract_lora": "lora extract tuned.safetensors base.safetensors --rank 32",
     "merge_loras": "lora merge style.safetensors:0.8 other.safetensors:0.4 --rank 32",

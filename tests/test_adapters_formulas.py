@@ -235,6 +235,19 @@ def test_without_a_limit_rotations_keep_all_inner_products_of_columns(name, size
     torch.testing.assert_close(after.T @ after, before.T @ before, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_blocks_on_several_threads(threads):
+    """The LU of a batch of such blocks fails in MKL on two threads (torch 2.13)."""
+    blocks = torch.randn(4, 160, 160, generator=torch.Generator().manual_seed(0)) * 1e-3
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        turned = apply(torch.eye(640), {"oft_blocks": blocks}, 1.0)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(turned @ turned.T, torch.eye(640))
+
+
 def test_alpha_limits_how_far_oft_turns():
     weight, parts = oracle.module("OFT", Sizes(), alpha=1e-4)
     moved = apply(torch.as_tensor(weight), tensors(parts), 1.0)

@@ -164,6 +164,14 @@ def test_an_input_within_is_never_replaced(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with pytest.raises(OutputIsInput):
         save_diffusers(mk.open(tmp_path / "out"), tmp_path / "link", force=True)
+    with pytest.raises(OutputIsInput):
+        save_diffusers(mk.open(tmp_path / "link"), tmp_path / "out", force=True)
+    (tmp_path / "out" / UNET).rename(tmp_path / "blob")  # as in the hub's cache
+    (tmp_path / "out" / UNET).symlink_to(tmp_path / "blob")
+    with pytest.raises(OutputIsInput):
+        save_diffusers(
+            mk.ops.replace(source, mk.open(tmp_path / "out" / UNET), component="unet"), tmp_path / "out", force=True
+        )
     check_same(weights(tmp_path / "out"), before)
 
 
@@ -324,7 +332,7 @@ def test_the_ema_weights_as_a_folder(tmp_path, shell):
     assert same(made["conv_out.bias"], whole["model_ema.diffusion_modelout2bias"])
 
 
-@pytest.mark.parametrize("more", [["--save-recipe", "r.toml"], ["--title", "x"]])
+@pytest.mark.parametrize("more", [["--save-recipe", "r.toml"], ["--title", "x"], ["--metadata", "webui"]])
 def test_options_that_a_folder_has_no_place_for(tmp_path, shell, more):
     written(tmp_path)
     _, err = shell("extract", "sd1-0.safetensors", "--format", "diffusers", "-o", "out", *more, code=2)

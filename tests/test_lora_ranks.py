@@ -91,6 +91,12 @@ def test_a_cap_decides_what_the_values_leave_open() -> None:
     assert Rule("quantile", 0.9, most=8).rank(flat) == 8
 
 
+def test_equal_values_are_summed_up_from_a_part_of_them() -> None:
+    """What is missing can be no larger than the last, and has the energy of just so many."""
+    assert Rule("quantile", 0.45).rank(Spectrum(np.ones(10), 20.0, 20)) == 8
+    assert Rule("sv_cumulative", 0.45).rank(Spectrum(np.ones(10), 20.0, 20)) == 9
+
+
 def test_an_error_below_what_float32_can_tell_waits_for_all_values() -> None:
     values = np.array([1.0, 1e-5])
     assert Rule("error", 1e-6).rank(Spectrum(values, 1.0 + 1e-10, 1000)) is None

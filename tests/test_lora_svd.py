@@ -100,6 +100,15 @@ def test_the_error_bar_at_the_size_of_a_layer(name: str) -> None:
     check(matrix, 32, truncated_svd(matrix, 32, draw=DRAW))
 
 
+def test_a_first_gain_is_not_taken_for_the_last() -> None:
+    """Values just above the rest: they move little in the first round, and much in the next."""
+    values = np.where(order(1280) <= 33, 1.0, 0.9)
+    matrix = matrix_of(values, 1280, 1280)
+    parts = truncated_svd(matrix, 32, draw=DRAW)
+    least = float(np.square(values[32:]).sum())
+    assert parts.energy - float(parts.s.square().sum()) <= 1.002 * least
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 100), st.integers(0, 5), st.sampled_from(list(SHAPES)))
 def test_any_shape_and_rank(rows: int, columns: int, rank: int, seed: int, name: str) -> None:

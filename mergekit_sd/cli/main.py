@@ -37,6 +37,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "fix": ("surgery", "Mend position ids and NovelAI's names."),
         "extract": ("surgery", "Write one component as a file of its own."),
         "bake-vae": ("surgery", "Put another VAE into a checkpoint."),
+        "convert": ("convert", "Write a model with another dtype, container or names."),
     },
     "LoRA": {
         "lora": ("lora", "Put LoRA files and their relatives into models."),

@@ -113,9 +113,10 @@ def _write_folder(
     as_json: bool,
     **options: Any,
 ) -> int:
-    if save_recipe or title:
-        option = "--save-recipe" if save_recipe else "--title"
-        hint = "write a file first, and the folder from it"
+    given = {"--save-recipe": save_recipe, "--title": title, "--metadata": metadata == "webui"}
+    if any(given.values()):
+        option = next(name for name, value in given.items() if value)
+        hint = "leave it out, or write a file first and the folder from it"
         raise UsageError("A folder of diffusers has no place for this.", key=option, hint=hint)
     if component == "ema":
         node, component = mk.ops.prune(node, ema="use"), "unet"

@@ -40,6 +40,23 @@ def extract(a: Weight, *, component: Annotated[str, ChoiceKind((*COMPONENTS, "em
     raise NotImplementedError("planned")
 
 
+@operation("operate on one model", "a under other names", planned=True, also=("add or remove prefix (model-toolkit)",))
+def convert(
+    a: Weight,
+    *,
+    prefix: Annotated[str, ChoiceKind(("keep", "add", "remove"))] = "keep",
+    family: Annotated[str, ChoiceKind(("auto", "sd1", "sd2", "sdxl"))] = "auto",
+    out: Out = None,
+) -> Weight:
+    """Names as they are, or those of a component alone with or without the prefix that checkpoints have.
+
+    `first_stage_model.decoder…` is `decoder…` in a VAE file. Pickles, diffusers' folders and NovelAI's names become
+    the usual names in any case; the output's dtype does the rest. A CLIP text encoder alone may be SD1's or
+    SDXL's: `family` says which.
+    """
+    raise NotImplementedError("planned")
+
+
 @operation(
     "operate on one model",
     "a with a component of b",

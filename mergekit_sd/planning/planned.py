@@ -52,6 +52,7 @@ SURGERY: Mapping[str, Callable[..., Model]] = {
     "prune": surgery.prune,
     "fix": surgery.fix,
     "extract": surgery.extract,
+    "convert": surgery.convert,
     "replace": surgery.exchange,
     "exchange_ema": surgery.exchange_ema,
 }

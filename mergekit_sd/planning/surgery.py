@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mergekit_sd import architectures
 from mergekit_sd.architectures import Layout, Place, Role, detect
-from mergekit_sd.errors import MissingTensors, ShapeMismatch, WrongFormat
+from mergekit_sd.errors import MissingTensors, ShapeMismatch, UsageError, WrongFormat
 from mergekit_sd.planning.expression import Expression, position_ids
 from mergekit_sd.planning.models import Model, ema_pairs, with_ema
 from mergekit_sd.text import count, listed
 
+FAMILIES = ("sd1", "sd2", "sdxl")
 OF_A_COMPONENT = (Role.weight, Role.position_ids)
 WORDS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 
@@ -60,6 +62,43 @@ def extract(model: Model, *, component: str) -> Model:
     names = component_names(model, component)
     tensors = {inner: model.tensors[name] for inner, name in names.items()}
     return Model(model.name, "weight", detect(tensors), tensors, model.origin)
+
+
+def convert(model: Model, *, prefix: str, family: str) -> Model:
+    """A component's names with or without the prefix that whole checkpoints give it."""
+    if prefix == "keep":
+        return model
+    alone = {
+        place.component for name, place in model.layout.places.items() if name in model.tensors and place.component
+    }
+    if len(alone) != 1:
+        raise WrongFormat(
+            f'"{model.name}" is no component alone, whose prefix could be changed.',
+            hint="extract --component takes one out, without prefix",
+        )
+    (component,) = alone
+    old = model.layout.prefix_of(component) or ""
+    new = _family_prefix(model, component, family) if prefix == "add" else ""
+    tensors = {new + name.removeprefix(old): expression for name, expression in model.tensors.items()}
+    return Model(model.name, model.space, detect(tensors), tensors, model.origin)
+
+
+def _family_prefix(model: Model, component: str, family: str) -> str:
+    """The prefix of a component in checkpoints of a family. Raises UsageError where the file does not tell which."""
+    if family == "auto" and model.layout.architecture is not None:
+        family = model.layout.architecture.family
+    known = FAMILIES if family == "auto" else (family,)
+    components = [architectures.get(each).components for each in known]
+    prefixes = {each[component] for each in components if component in each}
+    if component == "text_encoder" and family == "auto":
+        openclip = any("resblocks" in name for name in model.tensors)
+        prefixes = {each for each in prefixes if (".model." in each) == openclip}
+    if len(prefixes) != 1:
+        raise UsageError(
+            f'Which family\'s {WORDS[component]} "{model.name}" is cannot be told from its names.',
+            hint='say it: family = "sd1", "sd2" or "sdxl" (--family)',
+        )
+    return prefixes.pop()
 
 
 def exchange_ema(model: Model) -> Model:

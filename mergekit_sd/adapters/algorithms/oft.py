@@ -54,7 +54,9 @@ def _rotations(parts: Parts, out: int) -> Tensor:
     blocks = parts[BLOCKS].double()
     q = _constrained(blocks - blocks.mT, number(parts, ALPHA) or 0.0, out)
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    turns: Tensor = torch.linalg.solve_ex(eye - q, eye + q).result
+    # One by one: on two threads and more, torch's LU of a batch of large matrices fails in MKL.
+    solved = [torch.linalg.solve_ex(eye - each, eye + each).result for each in q.flatten(0, -3)]
+    turns = torch.stack(solved).reshape(q.shape)
     if not ((turns.mT @ turns - eye).abs().max() < _ORTHOGONAL):  # nor where it is NaN
         raise MalformedFile(f'The part "{BLOCKS}" gives no rotation: its numbers are too large, NaN or Inf.')
     return turns
