@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         save_recipe,
     )
     from mergekit_sd.demo import make_demo
+    from mergekit_sd.diffusers_folder import FolderReport, plan_diffusers, save_diffusers
     from mergekit_sd.events import CancelToken, Event
     from mergekit_sd.graph import open, ops
     from mergekit_sd.inspection import (
@@ -104,6 +105,7 @@ _HOMES = {
         "save_recipe",
     ),
     "demo": ("make_demo",),
+    "diffusers_folder": ("FolderReport", "plan_diffusers", "save_diffusers"),
     "doctor": ("Finding", "check_machine"),
     "events": ("CancelToken", "Event"),
     "graph": ("open", "ops"),
@@ -191,6 +193,7 @@ __all__ = [
     "FileHashed",
     "FileRead",
     "Finding",
+    "FolderReport",
     "GroupDiff",
     "HashingProgressed",
     "HashingStarted",
@@ -243,6 +246,7 @@ __all__ = [
     "parameter_forms",
     "plan",
     "plan_as_json",
+    "plan_diffusers",
     "preset",
     "read_lineage",
     "recipe_json_schema",
@@ -253,6 +257,7 @@ __all__ = [
     "roots_file",
     "run",
     "save",
+    "save_diffusers",
     "save_recipe",
     "scan_library",
     "sidecars",

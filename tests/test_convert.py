@@ -18,7 +18,7 @@ PREFIXES = [
     ("sd2", "text_encoder", "cond_stage_model.model.", "auto"),
     ("sd1", "text_encoder", "cond_stage_model.transformer.", "sd1"),
     ("sdxl", "text_encoder", "conditioner.embedders.0.transformer.", "sdxl"),
-    ("sdxl", "text_encoder_2", "conditioner.embedders.1.model.", "auto"),
+    ("sdxl", "text_encoder_2", "conditioner.embedders.1.model.", "sdxl"),
 ]
 
 

@@ -205,6 +205,28 @@ def test_what_needs_the_weight_itself(tmp_path):
     torch.testing.assert_close(made[bias], model[bias] - full["diff_b"], rtol=1e-6, atol=1e-7)
 
 
+def test_magnitudes_of_peft_are_of_rows(tmp_path):
+    """On a convolution as wide as high, (1, out, 1, 1) would mean columns in LyCORIS' files."""
+    model = checkpoint("sd1")
+    found = layers("sd1", model).values()
+    layer, target, shape = next(each for each in found if len(each[2]) == 4 and each[2][2] == 3)
+    random = torch.Generator().manual_seed(3)
+    parts = {
+        "lora_down.weight": torch.randn(RANK, *shape[1:], generator=random),
+        "lora_up.weight": torch.randn(shape[0], RANK, 1, 1, generator=random),
+        "dora_scale": torch.rand(shape[0], generator=random),
+    }
+    start = f"unet.{layer.diffusers}."
+    file = {
+        start + "lora_A.weight": parts["lora_down.weight"],
+        start + "lora_B.weight": parts["lora_up.weight"],
+        start + "lora_magnitude_vector": parts["dora_scale"].reshape(1, -1, 1, 1),
+    }
+    made = inject(tmp_path, model, {"dora": file}, ["dora"])
+    expected = apply(model[target.tensor], parts, 1.0)
+    torch.testing.assert_close(made[target.tensor], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_pieces_do_not_matter(tmp_path, monkeypatch):
     model = checkpoint("sd1", torch.float16)
     made = []

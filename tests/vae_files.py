@@ -6,9 +6,12 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
+
+import mergekit_sd as mk
 
 OLD = 1_600_000_000_000_000_000  # ns
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
@@ -61,3 +64,19 @@ def make_shelf(tmp_path: Path, factory: pytest.TempPathFactory) -> Shelf:
 
 def inode(path: Path) -> int:
     return path.lstat().st_ino
+
+
+def dedupe(shelf: Shelf, link: str = "hard", **options: Any) -> mk.DedupeReport:
+    """Really."""
+    return mk.dedupe_vaes([shelf.folder], link=link, apply=True, **options)
+
+
+def only(report: mk.DedupeReport) -> mk.DedupeGroup:
+    """The one group of a report."""
+    (group,) = report.groups
+    return group
+
+
+def reasons(report: mk.DedupeReport) -> dict[str, str]:
+    """Why files were left, by name."""
+    return {each.path.name: each.reason for group in report.groups for each in group.skipped}

@@ -45,7 +45,7 @@ def find_turns(models: Models) -> Turns:
             if not (first.isfinite().all() and second.isfinite().all()):
                 continue  # it shows in the result
             matrices = _balancing(first, second)
-            for role, made in ((one, matrices), (other, torch.linalg.inv(matrices))):
+            for role, made in ((one, matrices), (other, _power(matrices, -1.0))):
                 for name, axis, start in roles[role]:
                     turns.setdefault(models.keys[name], []).append(Turn(axis, start, made))
     return turns

@@ -17,7 +17,7 @@ from typing import Any
 from mergekit_sd.adapters.algorithms import apply, apply_bias, check, check_bias, delta_of, identify
 from mergekit_sd.adapters.matching import Matched, match
 from mergekit_sd.adapters.names import Module, read_adapter
-from mergekit_sd.adapters.styles import BIAS_PARTS
+from mergekit_sd.adapters.styles import BIAS_PARTS, DORA_SCALE, Style
 from mergekit_sd.adapters.targets import Target
 from mergekit_sd.architectures import Role
 from mergekit_sd.errors import MergekitError, WrongFormat
@@ -46,6 +46,8 @@ class Use:
     scale: float | None
     additive: bool
     kohya_oft: bool
+    rows_of_dora: bool
+    """Its magnitudes are of rows whatever their shape: PEFT writes (1, out, 1, 1) for a convolution."""
 
 
 def inject_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[Model, StepReport]:
@@ -56,13 +58,15 @@ def inject_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[
     names = [name for name in model.tensors if model.layout.places[name].role in (Role.weight, Role.unknown)]
     for label, use in step.loras.items():
         lora = operands[label]
-        matched = matched_file(lora, model)
+        style, matched = matched_file(lora, model)
         notes += _notes(lora, matched)
         strengths = use.strengths(model.layout, names, seed)
         for found in matched.matches:
             for target in found.targets:
                 if strengths.get(target.tensor) and target.tensor in model.tensors:
-                    one = _use(lora, found.module, target, strengths[target.tensor], model.tensors[target.tensor].shape)
+                    one = _use(
+                        lora, style, found.module, target, strengths[target.tensor], model.tensors[target.tensor].shape
+                    )
                     reads = [Read(lora.origin, found.module.parts[part]) for part in one.parts]
                     uses.setdefault(target.tensor, []).append((one, reads))
     changed = {name: _changed(model.tensors[name], each) for name, each in uses.items()}
@@ -82,8 +86,11 @@ def inject_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[
     return replace(model, name=step.name, tensors={**model.tensors, **changed}, file=None), report
 
 
-def matched_file(lora: Model, model: Model) -> Matched:
-    """A LoRA file's modules with the layers of a model that they change. Raises WrongFormat for another file."""
+def matched_file(lora: Model, model: Model) -> tuple[Style, Matched]:
+    """A LoRA file's style, and its modules with the layers of a model that they change.
+
+    Raises WrongFormat for another file.
+    """
     if lora.file is None:
         raise WrongFormat(f'"{lora.name}" is no LoRA\'s file.', hint="name one of [models]")
     if lora.layout.kind in ("checkpoint", "unet", "vae", "text_encoder"):
@@ -92,7 +99,8 @@ def matched_file(lora: Model, model: Model) -> Matched:
             file=lora.file.path,
             hint="name the model first, then the LoRA files",
         )
-    return match(read_adapter(lora.file), model.layout)
+    adapter = read_adapter(lora.file)
+    return adapter.style, match(adapter, model.layout)
 
 
 def _notes(lora: Model, matched: Matched) -> list[str]:
@@ -110,16 +118,20 @@ def _notes(lora: Model, matched: Matched) -> list[str]:
     return notes
 
 
-def _use(lora: Model, module: Module, target: Target, strength: float, shape: tuple[int, ...]) -> Use:
+def _use(lora: Model, style: Style, module: Module, target: Target, strength: float, shape: tuple[int, ...]) -> Use:
     """A module's part in a tensor of that shape. Raises what is wrong with its parts, as far as headers tell."""
     of_bias = target.kind == "bias"
     parts = {name: part for name, part in module.parts.items() if (name in BIAS_PARTS) == of_bias}
+    rows_of_dora = DORA_SCALE in parts and style in ("peft", "diffusers")
+    if rows_of_dora:
+        parts[DORA_SCALE] = replace(parts[DORA_SCALE], shape=(parts[DORA_SCALE].numel,))
     assert lora.file
     file, name = str(lora.file.path), module.name
     with _told(file, name):
         (check_bias if of_bias else check)(parts, _shape(target, shape))
         additive = of_bias or identify(parts).additive
-    return Use(file, name, tuple(parts), target, strength, module.scale, additive, name.startswith("oft_unet"))
+    kohya_oft = name.startswith("oft_unet")
+    return Use(file, name, tuple(parts), target, strength, module.scale, additive, kohya_oft, rows_of_dora)
 
 
 @contextlib.contextmanager
@@ -174,6 +186,8 @@ def _dealt(uses: Sequence[Use], parts: Sequence[Tensor]) -> list[tuple[Use, dict
     rest = iter(parts)
     for use in uses:
         own = {name: next(rest) for name in use.parts}
+        if use.rows_of_dora:
+            own[DORA_SCALE] = own[DORA_SCALE].flatten()
         if use.scale is not None:
             own["scale"] = torch.tensor(use.scale, device=parts[0].device)
         dealt.append((use, own))

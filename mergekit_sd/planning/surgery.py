@@ -68,9 +68,8 @@ def convert(model: Model, *, prefix: str, family: str) -> Model:
     """A component's names with or without the prefix that whole checkpoints give it."""
     if prefix == "keep":
         return model
-    alone = {
-        place.component for name, place in model.layout.places.items() if name in model.tensors and place.component
-    }
+    places = model.layout.places
+    alone = {component for name in model.tensors if (component := places[name].component)}
     if len(alone) != 1:
         raise WrongFormat(
             f'"{model.name}" is no component alone, whose prefix could be changed.',
@@ -88,10 +87,12 @@ def _family_prefix(model: Model, component: str, family: str) -> str:
     if family == "auto" and model.layout.architecture is not None:
         family = model.layout.architecture.family
     known = FAMILIES if family == "auto" else (family,)
+    openclip = any("resblocks" in name for name in model.tensors)
+    if openclip and family == "sdxl":  # a short one is taken for SD2's
+        component = "text_encoder_2"
     components = [architectures.get(each).components for each in known]
     prefixes = {each[component] for each in components if component in each}
     if component == "text_encoder" and family == "auto":
-        openclip = any("resblocks" in name for name in model.tensors)
         prefixes = {each for each in prefixes if (".model." in each) == openclip}
     if len(prefixes) != 1:
         raise UsageError(
