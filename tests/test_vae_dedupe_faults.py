@@ -74,7 +74,9 @@ def test_a_file_that_changes_is_left(shelf, monkeypatch, link, which, whose, bef
 def test_a_file_that_changes_at_the_last_moment_is_left(shelf, monkeypatch, link):
     shelf.put("a.safetensors")
     path = shelf.put("b.safetensors")
-    meanwhile(monkeypatch, lambda: path.write_bytes(b"new"), "_make")
+    new = shelf.folder / "new"
+    new.write_bytes(b"new")
+    meanwhile(monkeypatch, lambda: new.replace(path), "_make")  # who would write into it has to wait
     assert reasons(dedupe(shelf, link)) == {"b.safetensors": "it has changed meanwhile"}
     assert path.read_bytes() == b"new"
     assert shelf.left() == []

@@ -105,7 +105,8 @@ def extraction(settings: Settings, sources: Mapping[str, Source], seed: int) -> 
 
 
 def _decomposed(source: Source, operands: tuple[Tensor, ...], settings: Settings, seed: int) -> _Found:
-    change = rows_of(operands[0], source.target) - rows_of(operands[1], source.target)
+    # In place: the tensors were made for this call, and the largest are most of what it takes.
+    change = rows_of(operands[0], source.target).sub_(rows_of(operands[1], source.target))
     low, high = torch.aminmax(change)
     greatest = max(-float(low), float(high))
     if not greatest:
