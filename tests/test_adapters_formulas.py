@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
+import adapter_formulas as oracle
 import numpy as np
-import oracle_adapters as oracle
 import pytest
 import torch
+from adapter_formulas import ADDITIVE, CHANGING, MAGNITUDES, SIZES, STRENGTHS, Sizes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle_adapters import ADDITIVE, CHANGING, MAGNITUDES, SIZES, STRENGTHS, Sizes
 
 from mergekit_sd.adapters.algorithms import apply, apply_bias, check, delta_of, identify, rank_of, to_full
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import adapter_formulas as oracle
 import numpy as np
-import oracle_adapters as oracle
 import pytest
 import torch
-from oracle_adapters import ADDITIVE, KERNELS, STRENGTHS, Sizes
+from adapter_formulas import ADDITIVE, KERNELS, STRENGTHS, Sizes
 
 from mergekit_sd.adapters.algorithms import apply, delta_of
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 
-import oracle_adapters as oracle
+import adapter_formulas as oracle
 import pytest
 import torch
+from adapter_formulas import ADDITIVE, CHANGING, KERNELS, Sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle_adapters import ADDITIVE, CHANGING, KERNELS, Sizes
 
 from mergekit_sd.adapters.algorithms import apply, apply_bias, check, check_bias, delta_of, identify, rank_of, to_full
 from mergekit_sd.adapters.styles import PARTS

@@ -13,7 +13,15 @@ from safetensors import safe_open
 from test_lora_inject import checkpoint, inject, layers
 
 import mergekit_sd as mk
-from mergekit_sd.errors import FamilyMismatch, MissingTensors, NonFiniteResult, RecipeError, ShapeMismatch, WrongFormat
+from mergekit_sd.errors import (
+    FamilyMismatch,
+    MissingTensors,
+    NonFiniteResult,
+    RecipeError,
+    ShapeMismatch,
+    UsageError,
+    WrongFormat,
+)
 
 every_family = pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 
@@ -236,6 +244,51 @@ def test_of_an_expression(tmp_path):
         torch.testing.assert_close(back[target.tensor], expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_the_whole_difference_gives_the_tuned_model_back(tmp_path, family):
+    """Weights, biases and norms of all trained layers; the third of fused rows and transposes, too."""
+    base = checkpoint(family)
+    after = tuned(base)
+    file, metadata, report = extract(tmp_path, base, after, algorithm="full", rest="keep", conv_rank=1)
+    assert {name.rpartition(".")[2] for name in file} == {"diff", "diff_b", "w_norm", "b_norm"}
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert mk.verify(tmp_path / "lora.safetensors").same
+    back = inject(tmp_path, base, {"lora": file}, ["lora"])
+    changed = [name for name in base if not torch.equal(back[name], base[name])]
+    assert len(changed) > 600
+    for name in changed:
+        torch.testing.assert_close(back[name], after[name], rtol=0, atol=5e-8)
+    assert {target.tensor for _, target, _ in layers(family, base).values()} <= set(changed)
+    assert report["kept"] is None
+
+
+def test_biases_and_norms_beside_factors(tmp_path):
+    base = checkpoint("sd1")
+    after = tuned(base)
+    file, _, _ = extract(tmp_path, base, after, rank=999, rest="keep")
+    back = inject(tmp_path, base, {"lora": file}, ["lora"])
+    start = "model.diffusion_model.input_blocks.1.1."
+    for name in (start + "norm.weight", start + "norm.bias", start + "proj_in.bias", start + "proj_in.weight"):
+        torch.testing.assert_close(back[name], after[name], rtol=0, atol=5e-8)
+
+
+@pytest.mark.parametrize("algorithm", ["loha", "lokr"])
+def test_other_algorithms_are_as_near_as_they_say(tmp_path, algorithm):
+    base = checkpoint("sd1")
+    after = tuned(base)
+    file, _, report = extract(tmp_path, base, after, rank=4, conv_rank=2, algorithm=algorithm)
+    assert all((".hada_" if algorithm == "loha" else ".lokr_") in name or name.endswith("alpha") for name in file)
+    back = inject(tmp_path, base, {"lora": file}, ["lora"])
+    lost = energy = 0.0
+    for _, target, _ in layers("sd1", base).values():
+        change = after[target.tensor].double() - base[target.tensor].double()
+        lost += float((after[target.tensor].double() - back[target.tensor].double()).square().sum())
+        energy += float(change.square().sum())
+    assert report["kept"] == pytest.approx((1 - lost / energy) ** 0.5, abs=1e-3)
+    if algorithm == "loha":
+        assert report["kept"] >= extract(tmp_path, base, after, rank=4, conv_rank=2)[2]["kept"] - 1e-6
+
+
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
@@ -283,6 +336,20 @@ def test_a_lora_in_the_making_is_no_operand(tmp_path):
     }
     with pytest.raises(RecipeError, match="is a LoRA's file, but a of weighted_sum takes a model"):
         mk.load(models.recipe(tmp_path, {"a": "a.safetensors", "b": "b.safetensors"}, steps))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "loha", "rule": "norm"},
+        {"algorithm": "lokr", "size_mb": 3.0},
+        {"algorithm": "full", "style": "peft"},
+        {"rest": "keep", "style": "diffusers"},
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path, settings):
+    with pytest.raises(UsageError):
+        extract(tmp_path, checkpoint("sd1"), checkpoint("sd1"), **settings)
 
 
 @pytest.mark.parametrize(

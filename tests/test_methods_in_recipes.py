@@ -17,7 +17,7 @@ from mergekit_sd.errors import RecipeError
 from mergekit_sd.execute import tasks, worker
 from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.operations.draws import Draw
-from mergekit_sd.operations.types import ChoiceKind, FormulaKind, Key, ListKind, NumberKind
+from mergekit_sd.operations.types import ChoiceKind, FormulaKind, Key, ListKind, NumberKind, SettingKind
 
 FILES = {"a": "sd1-a.safetensors", "b": "sd1-b.safetensors", "c": "sd1-c.safetensors"}
 SEED = 11
@@ -265,5 +265,5 @@ def test_python_takes_lists(room):
 
 
 def test_no_formula_kind_is_forgotten():
-    kinds = (NumberKind, ChoiceKind, ListKind, FormulaKind)
+    kinds = (NumberKind, SettingKind, ChoiceKind, ListKind, FormulaKind)
     assert all(isinstance(p.kind, kinds) for operation in OPERATIONS.values() for p in operation.parameters)

@@ -49,13 +49,24 @@ def lora_command() -> None:
     help="threshold: dropped where nothing changed by more than --min-diff.",
 )
 @click.option("--min-diff", type=float, default=0.01, show_default=True, help="For --text-encoder threshold.")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["lora", "loha", "lokr", "full"]),
+    default="lora",
+    show_default=True,
+    help="What to write; lokr takes the rank as its factor.",
+)
+@click.option(
+    "--rest", type=click.Choice(["drop", "keep"]), default="drop", show_default=True, help="Biases and norms, whole."
+)
 @click.option("--clamp", type=float, default=1.0, show_default=True, help="Cut factors off at this quantile.")
 @STYLE
 @one_shot_options(dtype="fp16")
 @click.pass_obj
 def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, **options: Any) -> int:
     """Make a LoRA of what TUNED has learnt over BASE: base with it is nearly tuned."""
-    names = ("rank", "conv_rank", "rule", "amount", "size_mb", "text_encoder", "min_diff", "clamp", "style")
+    rank = ("rank", "conv_rank", "rule", "amount", "size_mb", "clamp")
+    names = (*rank, "text_encoder", "min_diff", "algorithm", "rest", "style")
     settings = {name: options.pop(name) for name in names}
     node = mk.ops.extract_lora(mk.open(tuned), mk.open(base), **settings)
     return carry_out(token, node, tell=_tell_extracted, **options)

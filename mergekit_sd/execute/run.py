@@ -277,12 +277,14 @@ def made_output(run: _Run, output: PlannedOutput) -> PlannedOutput:
 
     if not survey.done:
         with _opened(run.plan) as inputs:
-            _work(output, inputs, Nowhere(), ledger, run, tell)
+            _work(replace(output, tensors=()), inputs, Nowhere(), ledger, run, tell)
             for source in inputs:
                 source.check_unchanged()
-    tensors = constants_of(output, survey.result.tensors)
-    labels = {**output.making.metadata(survey.result), "sshs_model_hash": data_hash(tensors)}
-    return replace(output, tensors=tensors, labels=labels)
+    made = constants_of(output, survey.result.tensors)
+    labels = dict(output.making.metadata(survey.result))
+    if not output.tensors:  # else, the hash of the bytes is known only once they are written
+        labels["sshs_model_hash"] = data_hash(made)
+    return replace(output, tensors=(*made, *output.tensors), labels=labels, is_made=True)
 
 
 def stream(run: _Run, output: PlannedOutput, sink: Sink) -> OutputReport:

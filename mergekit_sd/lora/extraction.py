@@ -15,6 +15,7 @@ from mergekit_sd.adapters.styles import ALPHA, DOWN, UP, Style, key_of
 from mergekit_sd.adapters.targets import Layer, Target
 from mergekit_sd.lazy import torch
 from mergekit_sd.lora.factors import Factors, clamp, split
+from mergekit_sd.lora.products import hadamard, kronecker
 from mergekit_sd.lora.ranks import Candidate, Rule, share_out
 from mergekit_sd.lora.report import ModuleKept
 from mergekit_sd.lora.svd import Decomposition, svd_by_rule
@@ -24,6 +25,7 @@ from mergekit_sd.operations.types import Key, Tensor
 
 MIB = 1 << 20
 WITH_ALPHA = ("kohya", "comfyui")
+Algorithm: TypeAlias = Literal["lora", "loha", "lokr", "full"]
 ENCODERS: TypeAlias = Literal["keep", "drop", "threshold"]
 
 
@@ -46,6 +48,7 @@ class Settings:
     min_diff: float = 0.01
     style: Style = "kohya"
     itemsize: int = 2
+    algorithm: Algorithm = "lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,23 @@ class Extracted:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A change as another algorithm's product: its tensors by their part, and the sums of squares of both."""
+
+    tensors: Mapping[str, Tensor]
+    rank: int
+    energy: float
+    lost: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Found:
+    """What was found of a layer's change; neither `parts` nor `product` where nothing has changed."""
+
     source: Source
     greatest: float
-    parts: Decomposition | None
-    """None where nothing has changed."""
+    parts: Decomposition | None = None
+    product: Product | None = None
 
 
 def extraction(settings: Settings, sources: Mapping[str, Source], seed: int) -> Callable[[Models], Extracted]:
@@ -110,11 +125,31 @@ def _decomposed(source: Source, operands: tuple[Tensor, ...], settings: Settings
     low, high = torch.aminmax(change)
     greatest = max(-float(low), float(high))
     if not greatest:
-        return _Found(source, 0.0, None)
+        return _Found(source, 0.0)
     rule = settings.conv_rule if source.is_spatial else settings.rule
     assert rule is not None
-    parts = svd_by_rule(change.flatten(1), rule, draw=Draw(seed, source.module))
-    return _Found(source, greatest, parts)
+    draw = Draw(seed, source.module)
+    if settings.algorithm != "lora":
+        return _Found(source, greatest, product=_product(change, int(rule.amount), settings.algorithm, draw))
+    return _Found(source, greatest, svd_by_rule(change.flatten(1), rule, draw=draw))
+
+
+def _product(change: Tensor, rank: int, algorithm: Algorithm, draw: Draw) -> Product:
+    """A LoHa of that rank, or a LoKr with that factor."""
+    flat = change.flatten(1)
+    tensors: dict[str, Tensor]
+    if algorithm == "loha":
+        found = hadamard(flat, rank, draw=draw)
+        tensors = {f"hada_{part}": getattr(found, part) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
+        tensors[ALPHA] = torch.tensor(float(len(found.w1_b)))
+        near = found.change()
+    else:
+        product = kronecker(change, rank, draw=draw)
+        assert not isinstance(product.w2, Factors)
+        near = product.change().reshape(flat.shape)
+        tensors = {"lokr_w1": product.w1, "lokr_w2": product.w2.reshape(len(product.w2), -1, *change.shape[2:])}
+    energy, lost = (float(torch.linalg.vector_norm(each)) ** 2 for each in (flat, flat - near))
+    return Product(tensors, rank, energy, lost)
 
 
 def rows_of(whole: Tensor, target: Target) -> Tensor:
@@ -128,14 +163,15 @@ def rows_of(whole: Tensor, target: Target) -> Tensor:
 def _chosen(found: list[_Found], settings: Settings) -> Extracted:
     """The factors that the settings let in, in the order of the layers."""
     dropped = _dropped_encoders(found, settings)
-    held = [each for each in found if each.parts is not None and each.source.layer.component not in dropped]
+    changed = [each for each in found if each.parts or each.product]
+    held = [each for each in changed if each.source.layer.component not in dropped]
     if settings.size is not None:
         held = _within(held, settings.size, settings.itemsize)
     tensors: dict[str, Tensor] = {}
     for each in held:
         tensors |= _written(each.source, each, settings)
-    ranks = {each.source.module: each.parts for each in held}
-    layers = tuple(_kept(each, ranks.get(each.source.module), settings.itemsize) for each in found)
+    written = {each.source.module: each for each in held}
+    layers = tuple(_kept(each, written.get(each.source.module), settings.itemsize) for each in found)
     return Extracted(tensors, layers, dropped)
 
 
@@ -164,6 +200,8 @@ def _within(held: list[_Found], size: int, itemsize: int) -> list[_Found]:
 
 def _written(source: Source, found: _Found, settings: Settings) -> dict[str, Tensor]:
     """A layer's factors under their names; alpha is the rank."""
+    if found.product:
+        return {key_of(source.module, part, settings.style): each for part, each in found.product.tensors.items()}
     assert found.parts is not None
     factors = split(found.parts)
     if settings.clamp < 1:
@@ -180,9 +218,18 @@ def named(module: str, factors: Factors, shape: tuple[int, ...], style: Style) -
     return {key_of(module, part, style): tensor for part, tensor in made.items()}
 
 
-def _kept(found: _Found, parts: Decomposition | None, itemsize: int) -> ModuleKept:
-    source, change = found.source, math.sqrt(found.parts.energy) if found.parts else 0.0
-    rank = len(parts.s) if parts else 0
-    share = math.sqrt(min(1.0, float(parts.s.square().sum()) / parts.energy)) if parts else 0.0
-    kept = share if change else 1.0
-    return ModuleKept(source.module, source.block, rank, rank * source.cost * itemsize, change, kept)
+def _kept(found: _Found, written: _Found | None, itemsize: int) -> ModuleKept:
+    """What the file has of a layer's change; `written` may have less of it than was found."""
+    source = found.source
+    if found.product:
+        energy, lost, rank = found.product.energy, found.product.lost, found.product.rank
+        share, values = 1 - lost / energy, sum(each.numel() for each in found.product.tensors.values())
+    else:
+        energy = found.parts.energy if found.parts else 0.0
+        parts = written.parts if written else None
+        rank = len(parts.s) if parts else 0
+        share, values = (float(parts.s.square().sum()) / energy if parts else 0.0), rank * source.cost
+    if written is None:
+        rank, share, values = 0, 0.0, 0
+    kept = math.sqrt(min(1.0, max(0.0, share))) if energy else 1.0
+    return ModuleKept(source.module, source.block, rank, values * itemsize, math.sqrt(energy), kept)

@@ -48,18 +48,23 @@ def extract_lora(
     clamp: Annotated[float, SettingKind(0.0, 1.0)] = 1.0,
     text_encoder: Annotated[str, ChoiceKind(("keep", "drop", "threshold"))] = "keep",
     min_diff: Annotated[float, SettingKind(0.0, None)] = 0.01,
+    algorithm: Annotated[str, ChoiceKind(("lora", "loha", "lokr", "full"))] = "lora",
+    rest: Annotated[str, ChoiceKind(("drop", "keep"))] = "drop",
     style: Annotated[str, ChoiceKind(STYLES)] = "kohya",
     out: Out = None,
 ) -> Lora:
     """A LoRA file of what training (or a merge) has changed: base with it is nearly tuned.
 
     Of linear layers and 1×1 convolutions at `rank`; other convolutions at `conv_rank`, none at 0. Other
-    rules than "fixed" find each layer's rank, up to these: threshold (singular values above `amount`), ratio (above
-    that share of the greatest), quantile (as LyCORIS), norm (that share of the change's norm kept), error (at most that
-    share of it lost). `size_mb` shares out a size over the layers, by what each rank gains. A text encoder can be
-    dropped, or by threshold: where nothing changed by more than `min_diff`, as kohya does. `clamp` below 1 cuts
-    factors off at that quantile, as kohya does at 0.99; it loses accuracy. Factors by a randomised SVD (Halko,
-    Martinsson & Tropp 2011; Musco & Musco 2015), within 0.1 % of the least possible error.
+    rules than "fixed" find each layer's rank, up to these: threshold (singular values above `amount`), ratio
+    (above that share of the greatest), quantile (as LyCORIS), norm (that share of the change's norm kept),
+    error (at most that share of it lost). `size_mb` shares out a size over the layers, by what each rank
+    gains. A text encoder can be dropped, or by threshold: where nothing changed by more than `min_diff`, as
+    kohya does. `clamp` below 1 cuts factors off at that quantile, as kohya does at 0.99; it loses accuracy.
+    Other algorithms: "loha" at the rank (twice a LoRA's size, never farther from the change than that LoRA),
+    "lokr" with the rank as the most rows of its first factor, "full" for the whole difference. `rest` keeps
+    the changes of biases and norms, whole. Factors by a randomised SVD (Halko, Martinsson & Tropp, "Finding
+    structure with randomness", 2011), within 0.1 % of the least possible error.
     """
     raise NotImplementedError("planned")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_sd.architectures import detect
-from mergekit_sd.formats.dtypes import Dtype
+from mergekit_sd.formats.dtypes import OUTPUT_DTYPES, Dtype
 from mergekit_sd.formats.hashing import FileHashes
 from mergekit_sd.formats.header import Header, build_header
 from mergekit_sd.formats.open import open_model
@@ -119,6 +119,8 @@ def _follow_steps(
         models[name], report = follow_step(step, operands, recipe.seed)
         reports.append(report)
         whole = [label for label, model in operands.items() if model.space == "weight"]
+        if models[name].making:  # a LoRA has no VAE
+            continue
         pair = mixed_vaes(models[name], step.operation.mixed_operands(whole), operands, list(inputs.values()))
         if pair:
             mixed[name] = (
@@ -151,7 +153,13 @@ def _plan_output(
 def _plan_making(spec: OutputSpec, path: Path, model: Model, inputs: Sequence[Input]) -> PlannedOutput:
     """An output whose tensors are made before the file is laid out."""
     making: Making = model.making
-    return PlannedOutput(spec, path, making.size, model.layout, inputs[model.origin].prediction, (), {}, making)
+    wanted = OUTPUT_DTYPES.get(spec.dtype_of(None))
+    tensors = []
+    for name, expression in model.tensors.items():
+        info = TensorInfo(name, wanted or expression.dtype, expression.shape, 0, 0)
+        tensors.append(PlannedTensor(info, _how(expression, info.dtype), expression, None))
+    prediction = inputs[model.origin].prediction
+    return PlannedOutput(spec, path, making.size, model.layout, prediction, tuple(tensors), {}, making)
 
 
 def _planned(draft: Draft, info: TensorInfo) -> PlannedTensor:
@@ -168,7 +176,7 @@ def _how(expression: Expression, dtype: Dtype) -> How:
 
 def place_output(plan: Plan, output: PlannedOutput, files: Mapping[int, FileHashes]) -> PlannedOutput:
     """The output with every tensor at its offset. `files`: the file hashes that its metadata will hold."""
-    if output.making and not output.tensors:
+    if output.making and not output.is_made:
         return output
     header = layout_output(plan, output, {}, files)
     tensors = tuple(replace(tensor, info=header.tensors[tensor.info.name]) for tensor in output.tensors)

@@ -6,19 +6,21 @@ Owns the steps whose result is a LoRA. Must not know how factors are found (`lor
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergekit_sd.adapters.targets import lora_name, targets_of
+from mergekit_sd.adapters.targets import Target, layers_of, lora_name, targets_of
 from mergekit_sd.architectures import Architecture
-from mergekit_sd.errors import MissingTensors, ShapeMismatch, WrongFormat
-from mergekit_sd.lora.extraction import MIB, Extracted, Settings, Source, extraction
+from mergekit_sd.errors import MissingTensors, ShapeMismatch, UsageError, WrongFormat
+from mergekit_sd.lora.extraction import MIB, WITH_ALPHA, Extracted, Settings, Source, extraction
 from mergekit_sd.lora.ranks import Rule
 from mergekit_sd.lora.report import BlockKept, by_block, total
+from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.operations.types import Key
-from mergekit_sd.planning.expression import Survey
+from mergekit_sd.planning.expression import Apply, Expression, Rows, Survey, Transposed
 from mergekit_sd.planning.models import Model, StepReport, check_families
 from mergekit_sd.recipe.load import Step
 from mergekit_sd.text import count, listed
@@ -35,13 +37,23 @@ def extract_lora(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[
     check_families(operands)
     tuned, base = operands.values()
     settings = _settings(step.settings)
+    if settings.algorithm in ("loha", "lokr") and (step.settings["rule"] != "fixed" or settings.size):
+        raise UsageError(
+            f"Rules and sizes are for LoRA; {settings.algorithm} takes a rank.", hint='write rule = "fixed"'
+        )
+    if settings.style not in WITH_ALPHA and (settings.algorithm != "lora" or step.settings["rest"] == "keep"):
+        raise UsageError(f'The style "{settings.style}" has names for LoRA alone.', hint='write style = "kohya"')
     sources = _sources(tuned, base, settings)
+    whole = _whole(tuned, base, sources, settings, rest=step.settings["rest"] == "keep")
+    if settings.algorithm == "full":
+        sources = {}
     operation = replace(step.operation, survey=extraction(settings, sources, seed if step.seed is None else step.seed))
     survey = Survey(step.name, operation)
     for module, source in sources.items():
         survey.operands[module] = (tuned.tensors[source.target.tensor], base.tensors[source.target.tensor])
         survey.keys[module] = Key(module, None, source.layer.component, source.block)
     size = sum(min(_most(settings, source), *_sides(source)) * source.cost for source in sources.values()) * _ITEMSIZE
+    size += sum(math.prod(each.shape) for each in whole.values()) * _ITEMSIZE
     architecture = tuned.layout.architecture
     assert architecture is not None
     making = Making(
@@ -53,14 +65,49 @@ def extract_lora(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[
         dict(step.operands),
         {},
         step.settings,
-        merged=len(sources),
+        merged=len(sources) + len(whole),
         folded=0,
         carried=0,
         kept=(),
         dropped=(),
         notes=tuple(_left_out(tuned, base, settings)),
     )
-    return Model(step.name, "lora", tuned.layout, {}, tuned.origin, making=making), report
+    return Model(step.name, "lora", tuned.layout, whole, tuned.origin, making=making), report
+
+
+def _whole(
+    tuned: Model, base: Model, sources: Mapping[str, Source], settings: Settings, *, rest: bool
+) -> dict[str, Expression]:
+    """What is written as a whole difference: weights, if they are wanted so, and the rest: biases and norms."""
+    architecture = tuned.layout.architecture
+    assert architecture is not None
+    found: dict[str, Expression] = {}
+    for layer in layers_of(tuned.layout).every:
+        module = lora_name(layer, settings.style, architecture.family)
+        if layer.component != "unet" and settings.text_encoder != "keep":
+            continue
+        is_norm = "norm" in layer.diffusers.rpartition(".")[2]
+        for target in layer.targets:
+            if not all(target.tensor in model.tensors for model in (tuned, base)):
+                continue
+            is_weight = target.kind == "weight"
+            if is_weight and module in sources and settings.algorithm == "full":
+                part = "diff"
+            elif rest and is_norm:
+                part = "w_norm" if is_weight else "b_norm"
+            elif rest and module in sources and not is_weight:
+                part = "diff_b"
+            else:
+                continue
+            _same_shape(tuned, base, target.tensor)
+            one, other = (_rows(model.tensors[target.tensor], target) for model in (tuned, base))
+            found[f"{module}.{part}"] = Apply(OPERATIONS["subtract"], (one, other), {}, one.shape, one.dtype)
+    return found
+
+
+def _rows(whole: Expression, target: Target) -> Expression:
+    expression = Rows(whole, *target.rows, whole.dtype) if target.rows else whole
+    return Transposed(expression, whole.dtype) if target.transposed else expression
 
 
 def _settings(said: Mapping[str, Any]) -> Settings:
@@ -75,6 +122,7 @@ def _settings(said: Mapping[str, Any]) -> Settings:
         said["text_encoder"],
         said["min_diff"],
         said["style"],
+        algorithm=said["algorithm"],
     )
 
 

@@ -79,7 +79,8 @@ class PlannedOutput:
     dropped: Mapping[str, tuple[str, ...]]
     """What the first operand has and the output has not, by reason: "ema", "junk", "marker"."""
     making: Making | None = None
-    """Of a LoRA: `tensors` are known once they are made."""
+    """Of a LoRA: more tensors come in front of `tensors` once they are made (`is_made`)."""
+    is_made: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     """More metadata of its own."""
 
