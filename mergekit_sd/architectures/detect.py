@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol, cast
 
 from mergekit_sd.architectures import catalog, places
@@ -35,12 +35,18 @@ MISRANKED = 0.01
 ADDED = 0.25
 # A file is one component alone if at most this share of its names are not that component's.
 STRAY = 0.1
+LAYOUTS_KEPT = 8
 
 
 def detect(tensors: Mapping[str, Shaped]) -> Layout:
-    """What a file with these tensors is."""
-    canonical = _canonical(tensors)
-    shapes = {canonical[name]: info.shape for name, info in tensors.items()}
+    """What a file with these tensors is. Files with the same names and shapes, as merges have, are looked at once."""
+    return _detected(tuple((name, info.shape) for name, info in tensors.items()))
+
+
+@lru_cache(maxsize=LAYOUTS_KEPT)
+def _detected(tensors: tuple[tuple[str, Shape], ...]) -> Layout:
+    canonical = _canonical([name for name, _ in tensors])
+    shapes = {canonical[name]: shape for name, shape in tensors}
     kind = _kind_by_pattern(shapes, first=True)
     if kind is not None:
         return Layout(kind, None, canonical, places.unknown(shapes))
