@@ -9,8 +9,11 @@ import torch
 from test_lora_inject import RANK, checkpoint, inject, layers, lora, real_names
 
 import mergekit_sd as mk
+from mergekit_sd.adapters import styles
 from mergekit_sd.errors import FamilyMismatch, RecipeError, UsageError, WrongFormat
+from mergekit_sd.lora.ranks import RULES
 from mergekit_sd.operations import OPERATIONS
+from mergekit_sd.operations.lora import RANK_RULES, RESIZE_RULES, STYLES
 
 SCALE = 2.0 / RANK
 
@@ -209,6 +212,12 @@ def test_there_and_back(tmp_path, style):
 def test_a_single_operand_is_a_name(tmp_path):
     with pytest.raises(RecipeError, match="takes text in quotes"):
         made(tmp_path, "resize_lora", two()[1], lora=["one"], rank=1)
+
+
+def test_every_rank_rule_is_offered():
+    assert set(RESIZE_RULES) == set(RULES)
+    assert set(RANK_RULES) < set(RULES)
+    assert STYLES == styles.STYLES
 
 
 def test_the_commands(tmp_path, monkeypatch, capsys):

@@ -1,31 +1,65 @@
-"""lora: LoRA files and their relatives into models; each command builds a recipe and runs it."""
+"""lora: LoRA files and their relatives; each command builds a recipe and runs it.
+
+Owns the words of their options; what each takes is read off its operation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 import mergekit_sd as mk
 from mergekit_sd.cli.one_shot import carry_out, one_shot_options
+from mergekit_sd.cli.options import together
 from mergekit_sd.errors import UsageError
 from mergekit_sd.text import count, shown, size
 
-RULES = ("fixed", "threshold", "ratio", "quantile", "norm", "error")
-RESIZE_RULES = ("fixed", "sv_ratio", "sv_cumulative", "sv_fro", "threshold", "ratio", "quantile", "norm", "error")
+F = TypeVar("F", bound=Callable[..., Any])
+
 STRENGTHS = 2  # of the text encoders and the UNet
+COLUMNS = 3  # of blocks, on a line
+HELP = {
+    "rank": "Of every layer, or the most that a rule gives.",
+    "conv_rank": "Of convolutions over more than a pixel; 0: none.",
+    "rule": "How each layer's rank is found.",
+    "amount": "The rule's number.",
+    "size_mb": "MiB shared out over the layers by what they gain; 0: no limit.",
+    "clamp": "Cut factors off at this quantile; 1: not at all.",
+    "text_encoder": "threshold: dropped where nothing changed by more than --min-diff.",
+    "min_diff": "For --text-encoder threshold.",
+    "algorithm": "What to write; lokr takes the rank as its factor.",
+    "rest": "The changes of biases and norms, whole.",
+    "style": "Whose names.",
+    "method": "How the changes are joined; ties and dare need a rank.",
+    "density": "For ties and dare.",
+}
+
+_PATH = click.Path(path_type=Path)
+_LORA = click.argument("file", type=_PATH, metavar="LORA")
+_LORAS = click.argument("loras", nargs=-1, required=True, metavar="LORA[:STRENGTH]…")
 
 
-STYLE = click.option(
-    "--style",
-    type=click.Choice(["kohya", "peft", "diffusers", "comfyui"]),
-    default="kohya",
-    show_default=True,
-    help="Whose names.",
-)
-FILE = click.argument("file", type=click.Path(path_type=Path), metavar="LORA")
+def settings_of(operation: str) -> Callable[[F], F]:
+    """The options of an operation's settings, with its bounds and defaults."""
+    return together(*(_option(parameter) for parameter in mk.OPERATIONS[operation].parameters))
+
+
+def _option(parameter: Any) -> Callable[[F], F]:
+    kind = parameter.kind
+    if hasattr(kind, "options"):
+        takes: Any = click.Choice(kind.options)
+    else:
+        takes = (click.IntRange if kind.whole else click.FloatRange)(kind.low, kind.high)
+    name = f"--{parameter.name.replace('_', '-')}"
+    return click.option(name, type=takes, default=parameter.default, show_default=True, help=HELP[parameter.name])
+
+
+def _settings(operation: str, options: dict[str, Any]) -> dict[str, Any]:
+    """An operation's own among a command's options; they are taken out."""
+    return {parameter.name: options.pop(parameter.name) for parameter in mk.OPERATIONS[operation].parameters}
 
 
 @click.group("lora")
@@ -33,115 +67,9 @@ def lora_command() -> None:
     """Work with LoRA files and their relatives (LoCon, LoHa, LoKr, DoRA, OFT, …)."""
 
 
-@lora_command.command("extract")
-@click.argument("tuned", type=click.Path(path_type=Path))
-@click.argument("base", type=click.Path(path_type=Path))
-@click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of linear layers.")
-@click.option("--conv-rank", type=click.IntRange(0), default=0, show_default=True, help="Of convolutions; 0: none.")
-@click.option("--rule", type=click.Choice(RULES), default="fixed", show_default=True, help="How each rank is found.")
-@click.option("--amount", type=float, default=0.9, show_default=True, help="The rule's number.")
-@click.option("--size-mb", type=float, default=0.0, help="A size shared out over the layers by what they gain.")
-@click.option(
-    "--text-encoder",
-    type=click.Choice(["keep", "drop", "threshold"]),
-    default="keep",
-    show_default=True,
-    help="threshold: dropped where nothing changed by more than --min-diff.",
-)
-@click.option("--min-diff", type=float, default=0.01, show_default=True, help="For --text-encoder threshold.")
-@click.option(
-    "--algorithm",
-    type=click.Choice(["lora", "loha", "lokr", "full"]),
-    default="lora",
-    show_default=True,
-    help="What to write; lokr takes the rank as its factor.",
-)
-@click.option(
-    "--rest", type=click.Choice(["drop", "keep"]), default="drop", show_default=True, help="Biases and norms, whole."
-)
-@click.option("--clamp", type=float, default=1.0, show_default=True, help="Cut factors off at this quantile.")
-@STYLE
-@one_shot_options(dtype="fp16")
-@click.pass_obj
-def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, **options: Any) -> int:
-    """Make a LoRA of what TUNED has learnt over BASE: base with it is nearly tuned."""
-    rank = ("rank", "conv_rank", "rule", "amount", "size_mb", "clamp")
-    names = (*rank, "text_encoder", "min_diff", "algorithm", "rest", "style")
-    settings = {name: options.pop(name) for name in names}
-    node = mk.ops.extract_lora(mk.open(tuned), mk.open(base), **settings)
-    return carry_out(token, node, tell=_tell_extracted, **options)
-
-
-def _tell_extracted(report: mk.RunReport) -> None:
-    """What the factors keep of the change, block by block."""
-    made = report.outputs[0]
-    found = made.lora
-    kept = "nothing has changed" if found["kept"] is None else f"{found['kept']:.2%} of the change kept"
-    click.echo(f"{shown(str(made.path))}: {count(found['layers'], 'layer')}, {size(made.bytes)}, {kept}")
-    for component, greatest in found["dropped"].items():
-        click.echo(f"  left out: {component}, which changed by at most {greatest:.2g}")
-    if found["unchanged"]:
-        click.echo(f"  {count(found['unchanged'], 'layer')} had not changed")
-    cells = [f"{block:15} {each['kept']:7.1%}" for block, each in found["blocks"].items() if each["change"]]
-    for start in range(0, len(cells), 3):
-        click.echo("  " + "   ".join(cells[start : start + 3]))
-
-
-@lora_command.command("merge")
-@click.argument("loras", nargs=-1, required=True, metavar="LORA[:STRENGTH]…")
-@click.option("--rank", type=click.IntRange(0), default=0, show_default=True, help="Of the result; 0: exact.")
-@click.option(
-    "--method",
-    type=click.Choice(["sum", "ties", "dare"]),
-    default="sum",
-    show_default=True,
-    help="How they are joined.",
-)
-@click.option("--density", type=float, default=0.5, show_default=True, help="For ties and dare.")
-@STYLE
-@one_shot_options(dtype="fp16")
-@click.pass_obj
-def merge_command(token: mk.CancelToken, /, loras: Sequence[str], **options: Any) -> int:
-    """Make one LoRA that does what several do together.
-
-    STRENGTH is 1 unless given; two are for the text encoder and the UNet: a.safetensors:0.5:0.8.
-    """
-    settings = {name: options.pop(name) for name in ("rank", "method", "density", "style")}
-    node = mk.ops.merge_loras([_entry(text) for text in loras], **settings)
-    return carry_out(token, node, tell=_tell_extracted, **options)
-
-
-@lora_command.command("resize")
-@FILE
-@click.option("--rank", type=click.IntRange(1), required=True, help="Of every layer, or the most a rule may give.")
-@click.option("--rule", type=click.Choice(RESIZE_RULES), default="fixed", show_default=True, help="How each is found.")
-@click.option("--amount", type=float, default=0.9, show_default=True, help="The rule's number.")
-@one_shot_options(dtype="keep")
-@click.pass_obj
-def resize_command(token: mk.CancelToken, /, file: Path, **options: Any) -> int:
-    """Make a LoRA smaller: the greatest singular values of every layer's change."""
-    settings = {name: options.pop(name) for name in ("rank", "rule", "amount")}
-    return carry_out(token, mk.ops.resize_lora(mk.open(file), **settings), tell=_tell_extracted, **options)
-
-
-@lora_command.command("convert")
-@FILE
-@STYLE
-@one_shot_options(dtype="keep")
-@click.pass_obj
-def convert_command(token: mk.CancelToken, /, file: Path, style: str, **options: Any) -> int:
-    """Write a LoRA under another trainer's names."""
-    return carry_out(token, mk.ops.rename_lora(mk.open(file), style=style), tell=_tell_renamed, **options)
-
-
-def _tell_renamed(report: mk.RunReport) -> None:
-    made = report.outputs[0]
-    click.echo(f"{shown(str(made.path))}: {count(sum(made.counts.values()), 'tensor')}, {size(made.bytes)}")
-
-
 @lora_command.command("inject")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("loras", nargs=-1, required=True, metavar="LORA[:STRENGTH]…")
+@click.argument("model", type=_PATH)
+@_LORAS
 @click.option(
     "--blocks",
     metavar="WEIGHTS",
@@ -159,8 +87,55 @@ def inject_command(
     """
     more = {"blocks": blocks} if blocks else {}
     entries = [{**_entry(text), **more} for text in loras]
-    node = mk.ops.inject_lora(mk.open(model), entries)
-    return carry_out(token, node, **options)
+    return carry_out(token, mk.ops.inject_lora(mk.open(model), entries), **options)
+
+
+@lora_command.command("extract")
+@click.argument("tuned", type=_PATH)
+@click.argument("base", type=_PATH)
+@settings_of("extract_lora")
+@one_shot_options(dtype="fp16")
+@click.pass_obj
+def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, **options: Any) -> int:
+    """Make a LoRA of what TUNED has learnt over BASE: base with it is nearly tuned."""
+    node = mk.ops.extract_lora(mk.open(tuned), mk.open(base), **_settings("extract_lora", options))
+    return carry_out(token, node, tell=_tell_kept, **options)
+
+
+@lora_command.command("merge")
+@_LORAS
+@settings_of("merge_loras")
+@one_shot_options(dtype="fp16")
+@click.pass_obj
+def merge_command(token: mk.CancelToken, /, loras: Sequence[str], **options: Any) -> int:
+    """Make one LoRA that does what several do together; at rank 0 exactly.
+
+    STRENGTH is 1 unless given; two are for the text encoder and the UNet: a.safetensors:0.5:0.8.
+    """
+    node = mk.ops.merge_loras([_entry(text) for text in loras], **_settings("merge_loras", options))
+    return carry_out(token, node, tell=_tell_kept, **options)
+
+
+@lora_command.command("resize")
+@_LORA
+@settings_of("resize_lora")
+@one_shot_options(dtype="keep")
+@click.pass_obj
+def resize_command(token: mk.CancelToken, /, file: Path, **options: Any) -> int:
+    """Make a LoRA smaller: the greatest singular values of every layer's change."""
+    node = mk.ops.resize_lora(mk.open(file), **_settings("resize_lora", options))
+    return carry_out(token, node, tell=_tell_kept, **options)
+
+
+@lora_command.command("convert")
+@_LORA
+@settings_of("rename_lora")
+@one_shot_options(dtype="keep")
+@click.pass_obj
+def convert_command(token: mk.CancelToken, /, file: Path, **options: Any) -> int:
+    """Write a LoRA under another trainer's names."""
+    node = mk.ops.rename_lora(mk.open(file), **_settings("rename_lora", options))
+    return carry_out(token, node, tell=_tell_made, **options)
 
 
 def _entry(text: str) -> dict[str, Any]:
@@ -178,3 +153,32 @@ def _entry(text: str) -> dict[str, Any]:
         path = start
     strengths = {"text_encoder": numbers[0], "strength": numbers[1]} if len(numbers) == STRENGTHS else {}
     return {"lora": mk.open(path), **({"strength": numbers[0]} if len(numbers) == 1 else strengths)}
+
+
+# --- what was made -----------------------------------------------------------------------------------------
+
+
+def _tell_made(report: mk.RunReport) -> None:
+    made = report.outputs[0]
+    click.echo(f"{shown(str(made.path))}: {count(sum(made.counts.values()), 'tensor')}, {size(made.bytes)}")
+
+
+def _tell_kept(report: mk.RunReport) -> None:
+    """What the factors keep of the change, block by block."""
+    made, found = report.outputs[0], report.outputs[0].lora
+    if not found["layers"]:
+        _tell_made(report)
+    else:
+        kept = "nothing has changed" if found["kept"] is None else f"{found['kept']:.2%} of the change kept"
+        click.echo(f"{shown(str(made.path))}: {count(found['layers'], 'layer')}, {size(made.bytes)}, {kept}")
+    for component, greatest in found["dropped"].items():
+        click.echo(f"  left out: {component}, which changed by at most {greatest:.2g}")
+    if found["unchanged"]:
+        click.echo(f"  {count(found['unchanged'], 'layer')} had not changed")
+    _tell_blocks(found["blocks"])
+
+
+def _tell_blocks(blocks: Mapping[str, Any]) -> None:
+    cells = [f"{block:15} {each['kept']:7.1%}" for block, each in blocks.items() if each["change"]]
+    for start in range(0, len(cells), COLUMNS):
+        click.echo("  " + "   ".join(cells[start : start + COLUMNS]))

@@ -64,7 +64,7 @@ def data_hash(tensors: Sequence[PlannedTensor]) -> str:
 
 def _constants(made: Mapping[str, Tensor], dtype: Dtype) -> Iterator[PlannedTensor]:
     for name, tensor in made.items():
-        rounded = tensor.contiguous().to(getattr(torch, dtype.torch_name))
+        rounded = tensor.cpu().contiguous().to(getattr(torch, dtype.torch_name))
         data = rounded.reshape(-1).view(torch.uint8).numpy().tobytes()
         shape = tuple(tensor.shape)
         info = TensorInfo(name, dtype, shape, 0, len(data))
