@@ -154,3 +154,16 @@ def test_a_file_that_is_no_model_is_hashed_too(room):
     with sqlite3.connect(library_file()) as connection:
         rows = connection.execute("SELECT count(*) FROM hashes WHERE kind = 'sha256'").fetchone()
     assert rows == (1,)
+
+
+def test_the_hash_command_makes_each_hash_once(room, monkeypatch, capsys):
+    from mergekit_sd.cli.main import run
+
+    path = room / "sd1-a.safetensors"
+    assert run(["hash", str(path)]) == 0
+    first = capsys.readouterr().out
+    for name in ("file_hashes", "hash_file_tensors"):
+        monkeypatch.setattr(f"mergekit_sd.inspection.identity.{name}", None)
+    assert run(["hash", str(path)]) == 0
+    assert capsys.readouterr().out == first
+    assert sha256(path) in first

@@ -73,7 +73,7 @@ def hash_command(files: Sequence[Path], as_json: bool) -> None:
     for file in files:
         with _progress(str(file), as_json) as tell:
             total = 2 * file.stat().st_size if file.is_file() else 0
-            found = mk.identify(file, _summing(tell, total))
+            found = mk.known_identity(file, _summing(tell, total))
         note = {"note": found.no_content} if found.no_content else {}
         reports.append({"path": str(file), **found.as_json(), **note})
         if not as_json:

@@ -65,15 +65,24 @@ class Identity:
         }
 
 
-def identify(path: str | os.PathLike[str], on_bytes: OnBytes | None = None) -> Identity:
-    """All hashes of a file: one of models for the content hash, of anything for the others."""
-    hashes = file_hashes(path, on_bytes)
+def identify(
+    path: str | os.PathLike[str],
+    on_bytes: OnBytes | None = None,
+    *,
+    file: FileHashes | None = None,
+    content: str | None = None,
+) -> Identity:
+    """All hashes of a file: one of models for the content hash, of anything for the others.
+
+    `file`, `content`: those that are known already.
+    """
+    hashes = file or file_hashes(path, on_bytes)
     try:
         model = open_model(path)
     except (WrongFormat, MalformedFile, ForbiddenCall) as error:
         return Identity(hashes, None, no_content=error.message)
     claimed = model.metadata.get("sshs_model_hash")
-    return Identity(hashes, hash_file_tensors(model, on_bytes=on_bytes), claimed_v3=claimed)
+    return Identity(hashes, content or hash_file_tensors(model, on_bytes=on_bytes), claimed_v3=claimed)
 
 
 # --- the weights hash ------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from mergekit_sd.library.finding import find_by_hash, find_by_name
 from mergekit_sd.library.folders import ModelFolder, model_folders
 from mergekit_sd.library.index import Library
 from mergekit_sd.library.journal import DedupeRun, dedupe_runs
+from mergekit_sd.library.known import known_identity
 from mergekit_sd.library.lineage import Ancestor, read_lineage
 from mergekit_sd.library.listing import list_library, look_up
 from mergekit_sd.library.published import published_name
@@ -56,6 +57,7 @@ __all__ = [
     "find_by_name",
     "find_duplicates",
     "find_similar",
+    "known_identity",
     "library_file",
     "list_library",
     "list_vaes",
