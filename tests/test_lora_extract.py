@@ -191,14 +191,32 @@ def test_clamping_loses_what_kohya_loses(tmp_path):
     base = checkpoint("sd1")
     after = tuned(base)
     name, (_, target, shape) = next(iter(layers("sd1", base, conv=False).items()))
-    change = (after[target.tensor] - base[target.tensor]).reshape(shape[0], -1)
+    first = (after[target.tensor] - base[target.tensor]).reshape(shape[0], -1)
+    at = name
 
     def error(file):
-        up, down = file[f"{name}.lora_up.weight"], file[f"{name}.lora_down.weight"]
-        return float((change - up.flatten(1) @ down.flatten(1)).norm())
+        up, down = file[f"{at}.lora_up.weight"], file[f"{at}.lora_down.weight"]
+        return float((first - up.flatten(1) @ down.flatten(1)).norm())
 
-    plain, clamped = (extract(tmp_path, base, after, rank=4, clamp=clamp)[0] for clamp in (1.0, 0.9))
-    assert error(clamped) > error(plain)
+    plain, clamped = (extract(tmp_path, base, after, rank=4, clamp=clamp) for clamp in (1.0, 0.9))
+    assert error(clamped[0]) > error(plain[0])
+    lost = energy = 0.0
+    for name, (_, target, shape) in layers("sd1", base, conv=False).items():
+        change = (after[target.tensor] - base[target.tensor]).reshape(shape[0], -1)
+        up, down = clamped[0][f"{name}.lora_up.weight"], clamped[0][f"{name}.lora_down.weight"]
+        lost += float((change - up.flatten(1) @ down.flatten(1)).square().sum())
+        energy += float(change.square().sum())
+    assert clamped[2]["kept"] == pytest.approx((1 - lost / energy) ** 0.5, abs=0.03)
+    assert clamped[2]["kept"] < plain[2]["kept"]
+
+
+def test_models_that_are_the_same_are_refused(tmp_path):
+    base = checkpoint("sd1")
+    with pytest.raises(MissingTensors, match="nothing to write"):
+        extract(tmp_path, base, base)
+    only_text = {n: t + 0.001 * ("cond_stage" in n) if t.is_floating_point() else t for n, t in base.items()}
+    with pytest.raises(MissingTensors, match="text encoders that are left out"):
+        extract(tmp_path, base, only_text, text_encoder="threshold")
 
 
 def test_comfyui_names_inject_too(tmp_path):
@@ -369,7 +387,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     models.write(tmp_path / "tuned.safetensors", tuned(base))
     assert run(["lora", "extract", "tuned.safetensors", "base.safetensors", "--rank", "4", "-o", "l.safetensors"]) == 0
     out = capsys.readouterr().out
-    assert "of the change kept" in out
+    assert "of their change kept" in out
     assert "IN01" in out
     assert all(len(line) <= 80 for line in out.splitlines() if "/" not in line)
     made = models.read(tmp_path / "l.safetensors")

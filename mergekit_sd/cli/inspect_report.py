@@ -51,7 +51,7 @@ def _what(found: mk.Inspection) -> str:
     if found.title is not None:
         words = f"{found.title} {words} ({found.architecture})"
     encoders = f": {' and '.join(found.encoders)}" if found.encoders else ""
-    return f"{words}{encoders}" + (f", predicts {found.prediction}" if found.prediction else "")
+    return f"{words}{encoders}" + (f", predicts {found.prediction}" if found.prediction and found.architecture else "")
 
 
 def _show_parts(found: mk.Inspection) -> None:

@@ -25,7 +25,7 @@ HELP = {
     "rank": "Of every layer, or the most that a rule gives.",
     "conv_rank": "Of convolutions over more than a pixel; 0: none.",
     "rule": "How each layer's rank is found.",
-    "amount": "The rule's number.",
+    "amount": "The rule's number; 0: usual for the rule (norm 0.9, error 0.3, sv_ratio 10, …).",
     "size_mb": "MiB shared out over the layers by what they gain; 0: no limit.",
     "clamp": "Cut factors off at this quantile; 1: not at all.",
     "text_encoder": "threshold: dropped where nothing changed by more than --min-diff.",
@@ -85,7 +85,7 @@ def inject_command(
     STRENGTH is 1 unless given; two are for the text encoder and the UNet, as in a prompt: style.safetensors:0.5:0.8.
     A negative one takes out what was put in.
     """
-    more = {"blocks": blocks} if blocks else {}
+    more = {} if blocks is None else {"blocks": blocks}
     entries = [{**_entry(text), **more} for text in loras]
     return carry_out(token, mk.ops.inject_lora(mk.open(model), entries), **options)
 
@@ -98,8 +98,17 @@ def inject_command(
 @click.pass_obj
 def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, **options: Any) -> int:
     """Make a LoRA of what TUNED has learnt over BASE: base with it is nearly tuned."""
-    node = mk.ops.extract_lora(mk.open(tuned), mk.open(base), **_settings("extract_lora", options))
-    return carry_out(token, node, tell=_tell_kept, **options)
+    settings = _settings("extract_lora", options)
+    node = mk.ops.extract_lora(mk.open(tuned), mk.open(base), **settings)
+
+    def tell(report: mk.RunReport) -> None:
+        _tell_kept(report)
+        if not settings["conv_rank"]:
+            click.echo("  convolutions were not taken (--conv-rank)")
+        if settings["rest"] == "drop":
+            click.echo("  biases and norms were not taken (--rest keep)")
+
+    return carry_out(token, node, tell=tell, **options)
 
 
 @lora_command.command("merge")
@@ -148,7 +157,7 @@ def _entry(text: str) -> dict[str, Any]:
             numbers.insert(0, float(end))
         except ValueError:
             break
-        if not colon:
+        if not colon or not start:
             raise UsageError(f'"{shown(text)}" names no file.', hint="write FILE or FILE:STRENGTH")
         path = start
     strengths = {"text_encoder": numbers[0], "strength": numbers[1]} if len(numbers) == STRENGTHS else {}
@@ -169,7 +178,7 @@ def _tell_kept(report: mk.RunReport) -> None:
     if not found["layers"]:
         _tell_made(report)
     else:
-        kept = "nothing has changed" if found["kept"] is None else f"{found['kept']:.2%} of the change kept"
+        kept = "nothing has changed" if found["kept"] is None else f"{found['kept']:.2%} of their change kept"
         click.echo(f"{shown(str(made.path))}: {count(found['layers'], 'layer')}, {size(made.bytes)}, {kept}")
     for component, greatest in found["dropped"].items():
         click.echo(f"  left out: {component}, which changed by at most {greatest:.2g}")

@@ -139,7 +139,7 @@ def run(arguments: list[str]) -> int:
         except Exception as error:
             if token.cancelled:  # an import that is cut short may make anything of the KeyboardInterrupt
                 return _tell(Cancelled(), json_wanted)
-            return _tell_bug(error)
+            return _tell_bug(error, json_wanted)
 
 
 def _out_of_memory() -> MergekitError:
@@ -157,13 +157,17 @@ def _tell(error: MergekitError, json_wanted: bool) -> int:
     return error.exit_code
 
 
-def _tell_bug(error: Exception) -> int:
+def _tell_bug(error: Exception, json_wanted: bool) -> int:
     """An error of ours: one line for the user, the traceback into a file for the report."""
     import tempfile
     import traceback
 
     with tempfile.NamedTemporaryFile("w", prefix="mergekit-sd-", suffix=".log", delete=False, encoding="utf-8") as log:
         traceback.print_exception(error, file=log)
+    if json_wanted:
+        from mergekit_sd.cli.show import print_json
+
+        print_json({"error": {"type": type(error).__name__, "message": str(error), "exit_code": 1}})
     click.echo(f"This is a bug in mergekit-sd: {type(error).__name__}: {error}", err=True)
     click.echo(f"Please report it with the file {log.name}", err=True)
     return 1

@@ -95,12 +95,14 @@ def _said_by_options() -> Iterator[None]:
         if error.line is not None or not error.key:  # it points into a recipe that was saved
             raise
         _, _, key, *rest = [*error.key.split(".", 3), "", ""]
-        option = {"file": "output", "model": "method"}.get(key, key)
+        option = {"file": "output", "model": "method"}.get(key, key.replace("_", "-"))
+        if key == "loras":  # which of them is told by the words
+            option, rest = ("blocks", []) if "blocks" in rest[0] else ("", [])
         beyond = error.hint and "extrapolate = true" in error.hint
         raise type(error)(
             error.message,
             file=error.file,
-            key=f"--{option} {' '.join(rest)}".strip(),
+            key=f"--{option} {' '.join(rest)}".strip() if option else "LORA",
             hint="if you mean to go beyond, give --extrapolate" if beyond else error.hint,
             details=error.details,
         ) from error

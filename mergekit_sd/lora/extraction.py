@@ -13,8 +13,9 @@ from typing import Literal, TypeAlias
 
 from mergekit_sd.adapters.styles import ALPHA, DOWN, UP, Style, key_of
 from mergekit_sd.adapters.targets import Layer, Target
+from mergekit_sd.errors import MissingTensors
 from mergekit_sd.lazy import torch
-from mergekit_sd.lora.factors import Factors, clamp, split
+from mergekit_sd.lora.factors import Factors, clamp, concatenate, decompose, split
 from mergekit_sd.lora.products import hadamard, kronecker
 from mergekit_sd.lora.ranks import Candidate, Rule, share_out
 from mergekit_sd.lora.report import ModuleKept
@@ -49,6 +50,8 @@ class Settings:
     style: Style = "kohya"
     itemsize: int = 2
     algorithm: Algorithm = "lora"
+    alone: bool = True
+    """Whether the file is to hold nothing but these layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +173,14 @@ def _chosen(found: list[_Found], settings: Settings) -> Extracted:
     tensors: dict[str, Tensor] = {}
     for each in held:
         tensors |= _written(each.source, each, settings)
+    if found and settings.alone and not tensors:
+        raise MissingTensors(
+            "There is nothing to write: no layer that a LoRA is made of has changed"
+            + (", but for text encoders that are left out." if dropped else "."),
+            hint="are these the right two models? `mergekit-sd diff` shows where they differ",
+        )
     written = {each.source.module: each for each in held}
-    layers = tuple(_kept(each, written.get(each.source.module), settings.itemsize) for each in found)
+    layers = tuple(_kept(each, written.get(each.source.module), settings) for each in found)
     return Extracted(tensors, layers, dropped)
 
 
@@ -218,7 +227,7 @@ def named(module: str, factors: Factors, shape: tuple[int, ...], style: Style) -
     return {key_of(module, part, style): tensor for part, tensor in made.items()}
 
 
-def _kept(found: _Found, written: _Found | None, itemsize: int) -> ModuleKept:
+def _kept(found: _Found, written: _Found | None, settings: Settings) -> ModuleKept:
     """What the file has of a layer's change; `written` may have less of it than was found."""
     source = found.source
     if found.product:
@@ -228,8 +237,18 @@ def _kept(found: _Found, written: _Found | None, itemsize: int) -> ModuleKept:
         energy = found.parts.energy if found.parts else 0.0
         parts = written.parts if written else None
         rank = len(parts.s) if parts else 0
-        share, values = (float(parts.s.square().sum()) / energy if parts else 0.0), rank * source.cost
+        share, values = ((energy - _lost(parts, energy, settings)) / energy if parts else 0.0), rank * source.cost
     if written is None:
         rank, share, values = 0, 0.0, 0
     kept = math.sqrt(min(1.0, max(0.0, share))) if energy else 1.0
-    return ModuleKept(source.module, source.block, rank, values * itemsize, math.sqrt(energy), kept)
+    return ModuleKept(source.module, source.block, rank, values * settings.itemsize, math.sqrt(energy), kept)
+
+
+def _lost(parts: Decomposition, energy: float, settings: Settings) -> float:
+    """The sum of the squares that factors leave out; what clamping loses besides is as good as at right angles."""
+    left = max(0.0, energy - float(parts.s.square().sum()))
+    if settings.clamp == 1:
+        return left
+    whole = split(parts)
+    off = concatenate([(whole, 1.0), (clamp(whole, settings.clamp), -1.0)])
+    return left + decompose(off).energy

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from mergekit_sd.adapters.algorithms import delta_of
 from mergekit_sd.adapters.algorithms.parts import SETTINGS, scale
 from mergekit_sd.adapters.styles import DOWN, UP, Style, key_of
+from mergekit_sd.errors import MissingTensors, NonFiniteResult
 from mergekit_sd.lazy import torch
 from mergekit_sd.lora.extraction import WITH_ALPHA, Extracted, named
 from mergekit_sd.lora.factors import Factors, concatenate, decompose, from_shape, resize, split
@@ -24,19 +25,23 @@ from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.operations.draws import Draw
 from mergekit_sd.operations.survey import Models
 from mergekit_sd.operations.types import Key, Tensor
+from mergekit_sd.text import listed
 
 Method: TypeAlias = Literal["sum", "ties", "dare"]
 ITEMSIZE = 2  # bytes of a value, for reports
+NOTHING = 1e-6  # of what is added up: a sum that is smaller is rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One file's module: the names of its parts, in the order in which they are read, and its strength.
+    """A file's module: the names of its parts, in the order in which they are read, and its strength.
 
-    `scale` stands for alpha/rank where settings say it.
+    `file` and `module` are for refusals. `scale` stands for alpha/rank where settings say it.
     """
 
     parts: tuple[str, ...]
+    file: str
+    module: str
     strength: float = 1.0
     scale: float | None = None
 
@@ -73,6 +78,10 @@ def each_module(joints: Mapping[str, Joint], work: Work) -> Callable[[Models], E
         for made, told in models.map(one, joints):
             tensors |= made
             kept += [told] if told else []
+        if not tensors:
+            raise MissingTensors(
+                "There is nothing to write: the changes cancel each other.", hint="check the strengths"
+            )
         return Extracted(tensors, tuple(kept))
 
     return survey
@@ -96,9 +105,12 @@ def merging(rank: int, method: Method, density: float, style: Style, seed: int) 
     def work(joint: Joint, parts: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], ModuleKept]:
         draw = Draw(seed, joint.module)
         if method == "sum" and all(piece.is_plain for piece in joint.pieces):
-            whole = concatenate([(factors_of(p), piece.strength) for p, piece in zip(parts, joint.pieces, strict=True)])
-            factors, kept = (resized(whole, Rule("fixed", rank))) if rank else (whole, 1.0)
+            pairs = [(_factors_of(p, piece), piece.strength) for p, piece in zip(parts, joint.pieces, strict=True)]
+            whole = concatenate(pairs)
             change = math.sqrt(decompose(whole).energy)
+            if change <= NOTHING * sum(math.sqrt(decompose(each).energy) * abs(strength) for each, strength in pairs):
+                return {}, ModuleKept(joint.module, joint.block, 0, 0, 0.0, 1.0)
+            factors, kept = (resized(whole, Rule("fixed", rank))) if rank else (whole, 1.0)
         else:
             dense = _dense(joint, parts, method, density, draw)
             found = truncated_svd(dense, rank or min(dense.shape), draw=draw)
@@ -135,7 +147,7 @@ def resizing(rule: Rule, style: Style) -> Work:
     def work(joint: Joint, parts: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], ModuleKept | None]:
         if not joint.pieces[0].is_plain:
             return {key_of(joint.module, part, style): tensor for part, tensor in parts[0].items()}, None
-        whole = factors_of(parts[0])
+        whole = _factors_of(parts[0], joint.pieces[0])
         factors, kept = resized(whole, replace(rule, most=min(rule.most or whole.rank, whole.rank)))
         change = math.sqrt(decompose(whole).energy)
         return named(joint.module, factors, joint.shape, style), _told(joint, factors, change, kept)
@@ -158,8 +170,16 @@ def renaming(style: Style) -> Work:
     return work
 
 
-def factors_of(parts: Mapping[str, Tensor]) -> Factors:
-    """A plain LoRA's factors, with alpha/rank as their scale. Raises ShapeMismatch where they do not fit."""
+def _factors_of(parts: Mapping[str, Tensor], piece: Piece) -> Factors:
+    """A plain LoRA's factors, with alpha/rank as their scale. Raises NonFiniteResult for NaN and Inf."""
+    bad = [name for name, tensor in parts.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise NonFiniteResult(
+            f"NaN or Inf in {listed(bad)} of this module; nothing was written.",
+            file=piece.file,
+            key=piece.module,
+            hint="the file is damaged: `mergekit-sd inspect --scan` lists every such tensor",
+        )
     return from_shape(parts[UP], parts[DOWN], scale(parts, len(parts[DOWN])))
 
 

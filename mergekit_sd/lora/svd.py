@@ -138,7 +138,7 @@ def _scaled(matrix: Tensor, name: str) -> tuple[Tensor, int]:
         raise NonFiniteResult(
             "A change has NaN or Inf in it, so that it has no singular values.",
             key=name,
-            hint="Look at both models with `check`: one of them is damaged.",
+            hint="one of the models is damaged: `mergekit-sd inspect --scan` tells which",
         )
     exponent = min(max(math.frexp(largest)[1], -126), 126)
     if abs(exponent) <= SAFE or not largest:

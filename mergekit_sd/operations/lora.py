@@ -43,9 +43,9 @@ def extract_lora(
     rank: Annotated[int, SettingKind(1, None, whole=True)] = 32,
     conv_rank: Annotated[int, SettingKind(0, None, whole=True)] = 0,
     rule: Annotated[str, ChoiceKind(RANK_RULES)] = "fixed",
-    amount: Annotated[float, SettingKind(0.0, None)] = 0.9,
+    amount: Annotated[float, SettingKind(0.0, None)] = 0.0,
     size_mb: Annotated[float, SettingKind(0.0, None)] = 0.0,
-    clamp: Annotated[float, SettingKind(0.0, 1.0)] = 1.0,
+    clamp: Annotated[float, SettingKind(0.5, 1.0)] = 1.0,
     text_encoder: Annotated[str, ChoiceKind(("keep", "drop", "threshold"))] = "keep",
     min_diff: Annotated[float, SettingKind(0.0, None)] = 0.01,
     algorithm: Annotated[str, ChoiceKind(("lora", "loha", "lokr", "full"))] = "lora",
@@ -58,9 +58,10 @@ def extract_lora(
     Of linear layers and 1×1 convolutions at `rank`; other convolutions at `conv_rank`, none at 0. Other
     rules than "fixed" find each layer's rank, up to these: threshold (singular values above `amount`), ratio
     (above that share of the greatest), quantile (as LyCORIS), norm (that share of the change's norm kept),
-    error (at most that share of it lost). `size_mb` shares out a size over the layers, by what each rank
-    gains. A text encoder can be dropped, or by threshold: where nothing changed by more than `min_diff`, as
-    kohya does. `clamp` below 1 cuts factors off at that quantile, as kohya does at 0.99; it loses accuracy.
+    error (at most that share of it lost); `amount` 0 stands for what is usual. `size_mb` shares out a size over
+    the layers, by what each rank gains. A text encoder can be dropped, or by threshold: where nothing changed by
+    more than `min_diff`, as kohya does. `clamp` below 1 cuts factors off at that quantile, as kohya does at 0.99;
+    it loses accuracy.
     Other algorithms: "loha" at the rank (twice a LoRA's size, never farther from the change than that LoRA),
     "lokr" with the rank as the most rows of its first factor, "full" for the whole difference. `rest` keeps
     the changes of biases and norms, whole. Factors by a randomised SVD (Halko, Martinsson & Tropp, "Finding
@@ -105,7 +106,7 @@ def resize_lora(
     *,
     rank: Annotated[int, SettingKind(1, None, whole=True)] = 16,
     rule: Annotated[str, ChoiceKind(RESIZE_RULES)] = "fixed",
-    amount: Annotated[float, SettingKind(0.0, None)] = 0.9,
+    amount: Annotated[float, SettingKind(0.0, None)] = 0.0,
     out: Out = None,
 ) -> Lora:
     """A smaller LoRA that does nearly the same: the greatest singular values of every layer's change.

@@ -53,6 +53,8 @@ class Use:
 def inject_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[Model, StepReport]:
     """The model with LoRA files in it, one after the other. `operands`: the model, then the files by label."""
     model = operands["model"]
+    if model.file and model.layout.kind in ("lora", "lycoris"):
+        raise WrongFormat(f'"{model.name}" is a LoRA, no model.', file=model.file.path, hint="name the model first")
     uses: dict[str, list[tuple[Use, list[Read]]]] = {}
     notes: list[str] = []
     names = [name for name in model.tensors if model.layout.places[name].role in (Role.weight, Role.unknown)]
@@ -127,7 +129,7 @@ def _use(lora: Model, style: Style, module: Module, target: Target, strength: fl
         parts[DORA_SCALE] = replace(parts[DORA_SCALE], shape=(parts[DORA_SCALE].numel,))
     assert lora.file
     file, name = str(lora.file.path), module.name
-    with _told(file, name):
+    with told_of(file, name):
         (check_bias if of_bias else check)(parts, _shape(target, shape))
         additive = of_bias or identify(parts).additive
     kohya_oft = name.startswith("oft_unet")
@@ -135,7 +137,7 @@ def _use(lora: Model, style: Style, module: Module, target: Target, strength: fl
 
 
 @contextlib.contextmanager
-def _told(file: str, module: str) -> Iterator[None]:
+def told_of(file: str, module: str) -> Iterator[None]:
     """Refusals of a formula, with the file and the module that they are of."""
     try:
         yield
@@ -162,7 +164,7 @@ def _delta(*parts: Tensor, uses: Sequence[Use], shape: tuple[int, ...], out: Any
     total = torch.zeros(shape, device=parts[0].device)
     for use, own in _dealt(uses, parts):
         part = _part(total, use.target)
-        with _told(use.file, use.module):
+        with told_of(use.file, use.module):
             if use.target.kind == "bias":
                 part.copy_(apply_bias(part, own, use.strength))
             else:
@@ -175,7 +177,7 @@ def _change(weight: Tensor, *parts: Tensor, uses: Sequence[Use], out: Any = None
     result = weight.clone()
     for use, own in _dealt(uses, parts):
         part = _part(result, use.target)
-        with _told(use.file, use.module):
+        with told_of(use.file, use.module):
             part.copy_(apply(part, own, use.strength, kohya_oft=use.kohya_oft))
     return result
 

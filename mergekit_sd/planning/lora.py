@@ -28,6 +28,16 @@ from mergekit_sd.text import count, listed
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _ITEMSIZE = 2  # of float16, which LoRAs are mostly written in
 MOST_LISTED = 10
+USUAL_AMOUNTS = {
+    "threshold": 0.01,
+    "ratio": 0.1,
+    "quantile": 0.9,
+    "norm": 0.9,
+    "error": 0.3,
+    "sv_ratio": 10.0,
+    "sv_cumulative": 0.9,
+    "sv_fro": 0.9,
+}
 
 
 def extract_lora(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[Model, StepReport]:
@@ -42,7 +52,7 @@ def extract_lora(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[
             f"Rules and sizes are for LoRA; {settings.algorithm} takes a rank.", hint='write rule = "fixed"'
         )
     if settings.style not in WITH_ALPHA and (settings.algorithm != "lora" or step.settings["rest"] == "keep"):
-        raise UsageError(f'The style "{settings.style}" has names for LoRA alone.', hint='write style = "kohya"')
+        raise UsageError(f'The style "{settings.style}" has names for LoRA alone.', hint="take the style kohya")
     sources = _sources(tuned, base, settings)
     whole = _whole(tuned, base, sources, settings, rest=step.settings["rest"] == "keep")
     if settings.algorithm == "full":
@@ -110,19 +120,22 @@ def _rows(whole: Expression, target: Target) -> Expression:
     return Transposed(expression, whole.dtype) if target.transposed else expression
 
 
-def _settings(said: Mapping[str, Any]) -> Settings:
-    def rule(rank: int) -> Rule:
-        return Rule("fixed", rank) if said["rule"] == "fixed" else Rule(said["rule"], said["amount"], rank)
+def rule_of(kind: str, amount: float, rank: int) -> Rule:
+    """A rank rule as a recipe says it: `amount` 0 stands for what is usual, `rank` is the most."""
+    return Rule("fixed", rank) if kind == "fixed" else Rule(kind, amount or USUAL_AMOUNTS[kind], rank)
 
+
+def _settings(said: Mapping[str, Any]) -> Settings:
     return Settings(
-        rule(said["rank"]),
-        rule(said["conv_rank"]) if said["conv_rank"] else None,
+        rule_of(said["rule"], said["amount"], said["rank"]),
+        rule_of(said["rule"], said["amount"], said["conv_rank"]) if said["conv_rank"] else None,
         int(said["size_mb"] * MIB) or None,
         said["clamp"],
         said["text_encoder"],
         said["min_diff"],
         said["style"],
         algorithm=said["algorithm"],
+        alone=said["rest"] == "drop",
     )
 
 

@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mergekit_sd import architectures
-from mergekit_sd.adapters.algorithms import identify
+from mergekit_sd.adapters.algorithms import Algorithm, check, identify
 from mergekit_sd.adapters.matching import Matched, match
 from mergekit_sd.adapters.names import Adapter, Module, read_adapter
-from mergekit_sd.adapters.styles import DOWN, UP, Style
+from mergekit_sd.adapters.styles import BIAS_PARTS, DOWN, UP, Style
 from mergekit_sd.adapters.targets import Layer, Target, lora_name
 from mergekit_sd.architectures import Architecture, Layout, Role, detect
 from mergekit_sd.errors import FamilyMismatch, UsageError, WrongFormat
 from mergekit_sd.lora.joining import Joint, Piece, Work, each_module, merging, renaming, resizing
-from mergekit_sd.lora.ranks import Rule
 from mergekit_sd.operations.types import Key
+from mergekit_sd.planning.adapters import told_of
 from mergekit_sd.planning.expression import Read, Survey
-from mergekit_sd.planning.lora import base_labels, report_of
+from mergekit_sd.planning.lora import base_labels, report_of, rule_of
 from mergekit_sd.planning.models import Model, StepReport
 from mergekit_sd.recipe.load import Step
 from mergekit_sd.text import count, listed
@@ -43,7 +43,7 @@ def merge_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[M
     """One LoRA out of several, layer by layer."""
     said = step.settings
     if said["method"] != "sum" and not said["rank"]:
-        raise UsageError(f'method = "{said["method"]}" needs a rank.', hint="write rank = 32, or another")
+        raise UsageError(f'The method "{said["method"]}" needs a rank.', hint="give one: rank = 32, or --rank 32")
     files = _opened(operands)
     names = [name for name, place in files.layout.places.items() if place.role == Role.weight]
     gathered: dict[str, tuple[Layer, Target, list[tuple[Piece, list[Read]]]]] = {}
@@ -53,10 +53,10 @@ def merge_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[M
             target = found.layer.target("weight")
             if target is None or any(each.kind == "bias" for each in found.targets):
                 raise _no_sum(operands[label], found.module)
-            if not identify(found.module.parts).additive:
+            if not _checked(operands[label], found.module).additive:
                 raise _no_sum(operands[label], found.module)
             name = lora_name(found.layer, said["style"], files.family.family)
-            piece = Piece(tuple(found.module.parts), strengths[target.tensor], found.module.scale)
+            piece = _piece(operands[label], found.module, strengths[target.tensor])
             gathered.setdefault(name, (found.layer, target, []))[2].append(
                 (piece, _reads(operands[label], found.module))
             )
@@ -78,17 +78,14 @@ def merge_loras(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[M
 def resize_lora(step: Step, operands: Mapping[str, Model], _seed: int) -> tuple[Model, StepReport]:
     """A LoRA of lower ranks."""
     said = step.settings
-    rule = Rule("fixed", said["rank"]) if said["rule"] == "fixed" else Rule(said["rule"], said["amount"], said["rank"])
+    rule = rule_of(said["rule"], said["amount"], said["rank"])
     (lora,) = operands.values()
     adapter = _adapter(lora)
-    joints = {each.name: _alone(each, each.name) for each in adapter.modules}
+    joints = {each.name: _alone(lora, each, each.name) for each in adapter.modules}
     reads = {each.name: tuple(_reads(lora, each)) for each in adapter.modules}
     plain = sum(joint.pieces[0].is_plain for joint in joints.values())
-    notes = (
-        []
-        if plain == len(joints)
-        else [f"{count(len(joints) - plain, 'module')} that are no plain LoRA stay as they are"]
-    )
+    others = len(joints) - plain
+    notes = [f"left as they are, being no plain LoRA: {count(others, 'module')}"] if others else []
     work = resizing(rule, adapter.style)
     return _made(step, operands, lora.layout, joints, reads, work, _trained(adapter), dict(said), notes)
 
@@ -102,7 +99,7 @@ def rename_lora(step: Step, operands: Mapping[str, Model], _seed: int) -> tuple[
     reads: dict[str, tuple[Read, ...]] = {}
     for found in files.matched[0].matches:
         name = lora_name(found.layer, style, files.family.family)
-        joints[name] = _alone(found.module, name)
+        joints[name] = _alone(lora, found.module, name)
         reads[name] = tuple(_reads(lora, found.module))
     notes = _left_out(operands, files)
     labels = _trained(files.adapters[0])
@@ -144,9 +141,27 @@ def _reads(lora: Model, module: Module) -> list[Read]:
     return [Read(lora.origin, tensor) for tensor in module.parts.values()]
 
 
-def _alone(module: Module, name: str) -> Joint:
+def _piece(lora: Model, module: Module, strength: float = 1.0) -> Piece:
+    assert lora.file
+    return Piece(tuple(module.parts), str(lora.file.path), module.name, strength, module.scale)
+
+
+def _alone(lora: Model, module: Module, name: str) -> Joint:
+    _checked(lora, module)
     shape = _factor_shape({part: tensor.shape for part, tensor in module.parts.items()})
-    return Joint(name, shape, "all", (Piece(tuple(module.parts), scale=module.scale),))
+    return Joint(name, shape, "all", (_piece(lora, module),))
+
+
+def _checked(lora: Model, module: Module) -> Algorithm:
+    """A module's algorithm. Raises what is wrong with its parts, as far as headers tell, with file and module."""
+    assert lora.file
+    with told_of(str(lora.file.path), module.name):
+        algorithm = identify(module.parts)
+        shape = _factor_shape({part: tensor.shape for part, tensor in module.parts.items()})
+        if shape:
+            weights = {name: part for name, part in module.parts.items() if name not in BIAS_PARTS}
+            check(weights, shape)
+        return algorithm
 
 
 def _shape(first: tuple[Piece, list[Read]], whole: tuple[int, ...], target: Target) -> tuple[int, ...]:

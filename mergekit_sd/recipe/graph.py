@@ -149,6 +149,9 @@ def _space_of(recipe: Recipe, step: Step, space: dict[str, Space]) -> Space:
         who = f'"{shown(name)}" is {IN_WORDS[found]}'
         if operand.space == "lora" and name in recipe.models:  # what a file is is known once it is opened
             continue
+        if operand.space == found == "lora":
+            hint = "give the step an output, and name that file in another recipe"
+            raise recipe.error(f"{who}, but it is made here: {operand.name} takes one of [models].", path, hint=hint)
         takes = "weight" if found == "lora" and operand.space == "same" else operand.space
         if takes != "same" and found != takes:
             hint = "name one of [models]" if operand.space == "lora" else _ADD if found == "delta" else _SUBTRACT

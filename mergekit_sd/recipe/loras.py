@@ -16,8 +16,8 @@ from mergekit_sd.recipe.fields import LoraEntry
 from mergekit_sd.recipe.matching import Layout
 from mergekit_sd.recipe.positions import Where
 from mergekit_sd.recipe.presets import PRESETS, SD_BLOCKS, find_preset
-from mergekit_sd.recipe.weights import BlockWeights, parse_weights
-from mergekit_sd.text import did_you_mean, shown
+from mergekit_sd.recipe.weights import COUNTS, BlockWeights, parse_weights
+from mergekit_sd.text import count, did_you_mean, shown
 
 # The blocks that a LoRA changes, base first, and all that there are: SD1 and SD2, SDXL.
 _SD = ["base", *(f"IN{n:02}" for n in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{n:02}" for n in range(3, 12))]
@@ -114,6 +114,9 @@ def parse_blocks(value: object, where: Where) -> BlockWeights:
         return _expanded(numbers, where)
     if isinstance(value, str) and not set(value) & set(",;:"):
         return _preset(value, where)
+    if isinstance(items, Sequence) and not isinstance(items, str) and len(items) not in COUNTS:
+        hint = "write 17 (base first), 26 or 25 for SD1 and SD2, 12, 20 or 19 for SDXL"
+        raise where.error(f"These are {count(len(items), 'number')}.", hint=hint)
     return parse_weights(value, where=where, extrapolate=True)
 
 
