@@ -86,3 +86,28 @@ def test_every_package_is_installed():
     folders = {p.parent for p in (root / "mergekit_sd").rglob("*") if p.suffix in (".py", ".toml")}
     there = {".".join(folder.relative_to(root).parts) for folder in folders}
     assert set(listed) - {"mergekit_sd.recipes", "mergekit_sd_tui"} == there
+
+
+def test_a_signal_waits_for_an_import(tmp_path, monkeypatch):
+    """In the middle of it, in C++, an exception would end the process."""
+    import signal
+
+    from mergekit_sd.lazy import _LazyModule
+
+    (tmp_path / "slow_module.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGINT)\nsignal.raise_signal(signal.SIGINT)\nvalue = 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told = []
+    former = signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+    try:
+        lazy = _LazyModule("slow_module")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, "slow_module", raising=False)
+            assert lazy.value == 3
+        assert told == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is not None
+        signal.raise_signal(signal.SIGINT)
+        assert told == [signal.SIGINT] * 2
+    finally:
+        signal.signal(signal.SIGINT, former)

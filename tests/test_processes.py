@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 OLD = b"what was there before"
 KILLS = 50
 PATIENCE = 3.0  # seconds from a signal to the end
+PATIENCE_WITH_TORCH = 12.0  # a signal waits until torch is imported, which takes its time on a busy machine
 CANCELLED = "error: Cancelled"
 
 
@@ -214,7 +215,7 @@ def test_interrupted_while_importing(place, tmp_path_factory, delay, number):
     time.sleep(0.001)
     process.send_signal(number)
     _, stderr = process.communicate()
-    assert time.monotonic() - begun < PATIENCE
+    assert time.monotonic() - begun < PATIENCE_WITH_TORCH
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert "Exception ignored" not in stderr
