@@ -230,7 +230,7 @@ def test_the_report_reads_well(shelf, shell, monkeypatch):
     ):
         assert words in out
     out, _ = shell("vae", "dedupe", shelf.folder, "--apply")
-    assert "3 files are hard links now, 121.1 KiB saved\nTo undo it: mergekit-sd library undo 1\n" in out
+    assert "3 files are hard-linked now, 121.1 KiB saved\nTo undo it: mergekit-sd library undo 1\n" in out
     assert "  linked   a.safetensors" in shell("vae", "dedupe", shelf.folder)[0]
     assert "There is nothing to replace." in shell("vae", "dedupe", shelf.folder)[0]
 

@@ -23,7 +23,7 @@ from mergekit_sd.text import count, shown, size
 
 _DIRS = click.argument("folders", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="DIR…")
 UNKNOWN = "unnamed VAE"
-_DONE = {"hard": "hard links", "sym": "symlinks", "reflink": "reflinks", "delete": "deleted"}
+_DONE = {"hard": "hard-linked", "sym": "symlinked", "reflink": "reflinked", "delete": "deleted"}
 
 
 @click.group("vae")
