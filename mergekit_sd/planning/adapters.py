@@ -161,8 +161,12 @@ def _changed(weight: Expression, uses: Sequence[tuple[Use, list[Read]]]) -> Expr
 
 def _delta(*parts: Tensor, uses: Sequence[Use], shape: tuple[int, ...], out: Any = None) -> Tensor:  # noqa: ARG001
     """The sum of what several modules add to one tensor."""
+    dealt = _dealt(uses, parts)
+    if len(uses) == 1 and uses[0].target == Target(uses[0].target.tensor, "weight"):  # most are: no second copy
+        with told_of(uses[0].file, uses[0].module):
+            return delta_of(dealt[0][1], shape).mul_(uses[0].strength)
     total = torch.zeros(shape, device=parts[0].device)
-    for use, own in _dealt(uses, parts):
+    for use, own in dealt:
         part = _part(total, use.target)
         with told_of(use.file, use.module):
             if use.target.kind == "bias":
