@@ -17,11 +17,11 @@ if TYPE_CHECKING:
         RunReport,
         check_run,
         load,
+        make_outputs,
         plan,
         plan_as_json,
         recipe_of,
         recipe_text,
-        run,
         save,
         save_recipe,
     )
@@ -86,7 +86,14 @@ if TYPE_CHECKING:
         sidecars,
         undo_dedupe,
     )
+    from mergekit_sd.pictures import prepare_samples, sample, samples_recipe
     from mergekit_sd.provenance import recover, verify
+    from mergekit_sd.recipe.presets import PRESETS, SD_BLOCKS, find_preset, preset
+    from mergekit_sd.running import run, samples_folder
+    from mergekit_sd.sampling.json_report import sampling_as_json
+    from mergekit_sd.sampling.output import check_samples_folder, write_samples
+    from mergekit_sd.sampling.session import SampleOptions
+    from mergekit_sd.sampling.values import Check, Picture, SamplingReport, Settings
 
 # Where each name of the API lives.
 _HOMES = {
@@ -97,11 +104,11 @@ _HOMES = {
         "RunReport",
         "check_run",
         "load",
+        "make_outputs",
         "plan",
         "plan_as_json",
         "recipe_of",
         "recipe_text",
-        "run",
         "save",
         "save_recipe",
     ),
@@ -167,11 +174,17 @@ _HOMES = {
         "sidecars",
         "undo_dedupe",
     ),
+    "pictures": ("prepare_samples", "sample", "samples_recipe"),
     "reference": ("by_purpose", "describe_operation", "find_operation", "parameter_forms"),
     "recipe.presets": ("PRESETS", "SD_BLOCKS", "find_preset", "preset"),
     "recipe.roots": ("add_root", "load_roots", "roots_file"),
     "recipe.schema": ("recipe_json_schema",),
     "provenance": ("recover", "verify"),
+    "running": ("run", "samples_folder"),
+    "sampling.json_report": ("sampling_as_json",),
+    "sampling.output": ("check_samples_folder", "write_samples"),
+    "sampling.session": ("SampleOptions",),
+    "sampling.values": ("Check", "Picture", "SamplingReport", "Settings"),
 }
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 
@@ -182,6 +195,7 @@ __all__ = [
     "SD_BLOCKS",
     "Ancestor",
     "CancelToken",
+    "Check",
     "Child",
     "DedupeGroup",
     "DedupeReport",
@@ -205,10 +219,14 @@ __all__ = [
     "LibraryEntry",
     "ModelCompared",
     "ModelFolder",
+    "Picture",
     "PositionIds",
     "Recipe",
     "RunReport",
+    "SampleOptions",
+    "SamplingReport",
     "ScanReport",
+    "Settings",
     "SimilarModel",
     "Similarity",
     "Skipped",
@@ -222,6 +240,7 @@ __all__ = [
     "bytes_to_read",
     "check_machine",
     "check_run",
+    "check_samples_folder",
     "dedupe_runs",
     "dedupe_vaes",
     "describe_operation",
@@ -243,6 +262,7 @@ __all__ = [
     "load_roots",
     "look_up",
     "make_demo",
+    "make_outputs",
     "model_folders",
     "open",
     "ops",
@@ -250,6 +270,7 @@ __all__ = [
     "plan",
     "plan_as_json",
     "plan_diffusers",
+    "prepare_samples",
     "preset",
     "read_lineage",
     "recipe_json_schema",
@@ -259,6 +280,10 @@ __all__ = [
     "rename_model",
     "roots_file",
     "run",
+    "sample",
+    "samples_folder",
+    "samples_recipe",
+    "sampling_as_json",
     "save",
     "save_diffusers",
     "save_recipe",
@@ -266,6 +291,7 @@ __all__ = [
     "sidecars",
     "undo_dedupe",
     "verify",
+    "write_samples",
 ]
 
 

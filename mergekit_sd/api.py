@@ -33,12 +33,13 @@ __all__ = [
     "Recipe",
     "RunReport",
     "check_run",
+    "find_input",
     "load",
+    "make_outputs",
     "plan",
     "plan_as_json",
     "recipe_of",
     "recipe_text",
-    "run",
     "save",
     "save_recipe",
 ]
@@ -53,6 +54,8 @@ class RunReport:
     skipped: tuple[str, ...]
     warnings: tuple[str, ...]
     lock: str | None
+    samples: Mapping[str, Any] | None = None
+    """What was drawn, as plain data with its folder; None where nothing was asked for, or it could not be."""
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -62,6 +65,7 @@ class RunReport:
             "skipped": list(self.skipped),
             "warnings": list(self.warnings),
             "lock": self.lock,
+            "samples": self.samples,
         }
 
 
@@ -83,7 +87,7 @@ def plan(
     `anywhere`: outputs may lie outside the recipe's folder, `output_root` and the roots.
     """
     root = Path(output_root) if output_root else None
-    return build_plan(load(recipe, set), PlanOptions(root, anywhere, metadata, find=_find_input))
+    return build_plan(load(recipe, set), PlanOptions(root, anywhere, metadata, find=find_input))
 
 
 def check_run(plan: Plan, *, force: bool = False) -> None:
@@ -92,7 +96,7 @@ def check_run(plan: Plan, *, force: bool = False) -> None:
     check_pins(plan, hasher=_file_hashes)
 
 
-def run(
+def make_outputs(
     recipe: str | Path | Recipe,
     *,
     set: Mapping[str, object] | None = None,
@@ -105,7 +109,7 @@ def run(
     skip_done: bool = False,
     **options: Any,
 ) -> RunReport:
-    """Make every output of a recipe, and write its lock.
+    """Make every output of a recipe, and write its lock; no pictures.
 
     `options` are those of RunOptions: force, threads, allow_nonfinite, scan, sha256 (of every input, for the
     lock). Raises RecipeError
@@ -207,7 +211,8 @@ def _beside(file: str, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
-def _find_input(sought: Sought) -> Findings:
+def find_input(sought: Sought) -> Findings:
+    """Where a model that is not where its recipe says lies, by the library's index."""
     from mergekit_sd.library.finding import find_input  # here, not above: seldom needed, and a library's worth of time
 
     return find_input(sought)

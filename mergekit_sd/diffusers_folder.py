@@ -22,7 +22,7 @@ from mergekit_sd.formats.folders import OutputFolder, check_new_folder
 from mergekit_sd.graph import Node
 from mergekit_sd.planning.diffusers import FolderPlan, plan_folder
 from mergekit_sd.planning.values import Plan
-from mergekit_sd.text import listed
+from mergekit_sd.text import count, listed
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def save_diffusers(
 
         made = execute(planned.within(target.place), options, tell, cancel)
         small, notes = _small_files(planned)
+        notes += _left_out(planned)
         for name, text in small.items():
             target.write(name, text)
         target.commit()
@@ -131,6 +132,14 @@ def _small_files(planned: FolderPlan) -> tuple[dict[str, str], list[str]]:
         f"without {listed(without)}: copy the folder from another model of this kind, "
         f"or install {PACKAGE} (pip install {PACKAGE}) and write it again"
     ]
+
+
+def _left_out(planned: FolderPlan) -> list[str]:
+    """What the folder has not, in words."""
+    names = planned.left_out
+    if not names:
+        return []
+    return [f"left out {count(len(names), 'tensor')} that diffusers makes itself or has no place for: {listed(names)}"]
 
 
 def _check_apart(made: Plan, folder: Path) -> None:

@@ -104,6 +104,10 @@ class WrongFormat(InputError):
     """The bytes are of another format than the name or the command wants; the message names it."""
 
 
+class ChecksFailed(InputError):
+    """Pictures were made, and with --strict a failed check is an error."""
+
+
 class FamilyMismatch(InputError):
     """Operands of different families (SD1, SD2, SDXL)."""
 

@@ -63,6 +63,18 @@ class OutputFinished(Event):
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling(Event):
+    """Pictures of a model are in the making: `done` of `steps` of them all; `stage` says at what it is."""
+
+    kind: ClassVar[str] = "sampling"
+    model: str
+    stage: str
+    done: int
+    steps: int
+    seconds: float
+
+
 Listener = Callable[[Event], None]
 
 

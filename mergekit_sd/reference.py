@@ -219,6 +219,8 @@ COMMANDS = {
     "merge_loras": "lora merge style.safetensors:0.8 other.safetensors:0.4 --rank 32",
     "resize_lora": "lora resize style.safetensors --rank 8",
     "rename_lora": "lora convert style.safetensors --style peft",
+    "merge_embeddings": "embedding merge cat.pt:0.5 dog.pt:0.5",
+    "merge_hypernetworks": "hypernetwork merge fog.safetensors:0.8",
     "inject_lora": "lora inject model.safetensors style.safetensors:0.8",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import models
 import pytest
@@ -104,7 +105,8 @@ def test_what_ldm_has_and_diffusers_has_not_is_left_out(tmp_path):
             if n.startswith(f"{start}0.")
         }
     models.write(tmp_path / "a.safetensors", whole)
-    save_diffusers(mk.open(tmp_path / "a.safetensors"), tmp_path / "out")
+    report = save_diffusers(mk.open(tmp_path / "a.safetensors"), tmp_path / "out")
+    assert re.search(r"left out \d+ tensors .*cond_stage_model\.model\.(text_projection|logit_scale)", report.notes[0])
     text = weights(tmp_path / "out")["text_encoder/model.safetensors"]
     assert {int(name.split(".")[3]) for name in text if ".layers." in name} == {0, 22}
     assert not any("projection" in name or "logit" in name for name in text)

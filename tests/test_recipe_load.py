@@ -166,7 +166,7 @@ REFUSALS = {
     "top": ("[models]", "[model]", 2, 2, "model", "no key of a recipe", '"models"'),
     "parameter": ("alpha", "  alpah", 9, 3, "steps.mix.alpah", "no key of a step of weighted_sum", '"alpha"'),
     "operation": ("weighted_sum", "weigthed_sum", 6, 1, "steps.mix.op", "no operation", '"weighted_sum"'),
-    "later_operation": ("weighted_sum", "blend_hypernets", 6, 1, "steps.mix.op", "no operation", "known: "),
+    "later_operation": ("weighted_sum", "xyzzy_zzz", 6, 1, "steps.mix.op", "no operation", "known: "),
     "op_number": ('op = "weighted_sum"', "op = 1", 6, 1, "steps.mix.op", "text in quotes, not the number 1", None),
     "no_op": ('op = "weighted_sum"', "", 5, 8, "steps.mix", 'step "mix" has no op', 'op = "weighted_sum"'),
     "op_typo": ('op = "weighted_sum"', 'opp = "x"', 5, 8, "steps.mix", "has no op", 'by "opp"'),

@@ -17,6 +17,7 @@ from mergekit_sd.formats.tensor import ModelFile, TensorInfo
 from mergekit_sd.text import listed
 
 _RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # as many rows as the rank
+_WHOLE = "lokr_w2"  # beside `lokr_w1`: factors that have no rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,9 @@ def read_adapter(model: ModelFile) -> Adapter:
 
 def _scale(settings: Settings, name: str, parts: Mapping[str, TensorInfo]) -> float | None:
     shape = next((parts[part].shape for part in _RANKED if part in parts), ())
-    if ALPHA in parts or not shape:
+    if ALPHA in parts or not (shape or _WHOLE in parts):
         return None
-    return settings.scale(*component_of(name), shape[0])
+    return settings.scale(*component_of(name), shape[0] if shape else None)
 
 
 def _no_adapter(model: ModelFile) -> WrongFormat:

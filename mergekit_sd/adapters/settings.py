@@ -27,34 +27,44 @@ _COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
 
 
 @dataclass(frozen=True, slots=True)
-class _Alphas:
+class _Numbers:
     usual: float | None
     of: Mapping[str, float]
-    rank_stabilised: bool
 
     def of_module(self, name: str) -> float | None:
-        """The alpha of a module: of the first pattern that is its name, or its end if without `^`; else the usual."""
+        """The number of a module: of the first pattern that is its name, or its end if without `^`; else the usual."""
         whole = (f"^{name}", name)
-        found = (alpha for pattern, alpha in self.of.items() if pattern in whole or name.endswith(f".{pattern}"))
+        found = (number for pattern, number in self.of.items() if pattern in whole or name.endswith(f".{pattern}"))
         return next(found, self.usual)
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    alphas: _Numbers
+    ranks: _Numbers
+    rank_stabilised: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What PEFT's settings say of a file's modules, by component ("" for all)."""
 
-    alphas: Mapping[str, _Alphas] = field(default_factory=dict)
+    said: Mapping[str, _Said] = field(default_factory=dict)
 
-    def scale(self, component: str | None, name: str, rank: int) -> float | None:
+    def scale(self, component: str | None, name: str, rank: int | None) -> float | None:
         """What the product of a module's factors is multiplied by: α/r, or α/√r; None where nothing is said.
 
-        `name`: without the component's prefix.
+        `name`: without the component's prefix. `rank`: as the factors have it; None where they are whole, as LoKr's
+        may be: PEFT divides by the r of its settings all the same.
         """
-        alphas = self.alphas.get(f"{component}.", self.alphas.get(""))
-        alpha = alphas.of_module(name) if alphas else None
-        if alphas is None or alpha is None or rank < 1:
+        said = self.said.get(f"{component}.", self.said.get(""))
+        if said is None:
             return None
-        return alpha / (math.sqrt(rank) if alphas.rank_stabilised else rank)
+        alpha = said.alphas.of_module(name)
+        r = said.ranks.of_module(name) if rank is None else rank
+        if alpha is None or r is None or r < 1:
+            return None
+        return alpha / (math.sqrt(r) if said.rank_stabilised else r)
 
 
 def read_settings(model: ModelFile) -> Settings:
@@ -64,11 +74,11 @@ def read_settings(model: ModelFile) -> Settings:
     """
     said = model.metadata.get(METADATA_KEY)
     if said is not None:
-        return Settings(_alphas(_parsed(said, model.path, METADATA_KEY), model.path, _COMPONENTS))
+        return Settings(_said(_parsed(said, model.path, METADATA_KEY), model.path, _COMPONENTS))
     config = model.path.with_name(_CONFIG)
     if model.path.stem != _WEIGHTS or not config.is_file():
         return Settings()
-    return Settings(_alphas(_parsed(_text(config), config, None), config, _ANY_COMPONENT))
+    return Settings(_said(_parsed(_text(config), config, None), config, _ANY_COMPONENT))
 
 
 def _text(path: Path) -> str:
@@ -92,24 +102,32 @@ def _parsed(text: str, path: Path, key: str | None) -> dict[str, Any]:
     return data
 
 
-def _alphas(data: Mapping[str, Any], path: Path, prefixes: tuple[str, ...]) -> dict[str, _Alphas]:
-    found: dict[str, _Alphas] = {}
+def _said(data: Mapping[str, Any], path: Path, prefixes: tuple[str, ...]) -> dict[str, _Said]:
+    whole = data.get("peft_type") == "LOKR"  # else factors tell their rank
+    found: dict[str, _Said] = {}
     for prefix in prefixes:
-        usual = data.get(prefix + "lora_alpha", data.get(prefix + "alpha"))  # LoHa and LoKr say `alpha`
-        patterns = data.get(prefix + "alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise MalformedFile("Alphas by module must be an object.", file=path, key=prefix + "alpha_pattern")
-        found[prefix] = _Alphas(
-            None if usual is None else _number(usual, path, prefix + "lora_alpha"),
-            {_plain(name, path): _number(alpha, path, name) for name, alpha in patterns.items()},
+        alpha = "lora_alpha" if prefix + "lora_alpha" in data else "alpha"  # LoHa and LoKr say `alpha`
+        found[prefix] = _Said(
+            _numbers(data, path, prefix + alpha, prefix + "alpha_pattern"),
+            _numbers(data, path, prefix + "r", prefix + "rank_pattern") if whole else _Numbers(None, {}),
             bool(data.get(prefix + "use_rslora")),
         )
     return found
 
 
+def _numbers(data: Mapping[str, Any], path: Path, usual: str, by_module: str) -> _Numbers:
+    patterns = data.get(by_module) or {}
+    if not isinstance(patterns, dict):
+        raise MalformedFile("Numbers by module must be an object.", file=path, key=by_module)
+    return _Numbers(
+        None if data.get(usual) is None else _number(data[usual], path, usual),
+        {_plain(name, path): _number(number, path, name) for name, number in patterns.items()},
+    )
+
+
 def _number(value: Any, path: Path, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**127:
-        raise MalformedFile("Alpha must be a number.", file=path, key=key)
+        raise MalformedFile("Alpha and rank: each must be a number.", file=path, key=key)
     return float(value)
 
 
@@ -118,9 +136,9 @@ def _plain(pattern: str, path: Path) -> str:
     name = pattern.removesuffix("$").replace(r"\.", ".")
     if not _PLAIN.fullmatch(name):
         raise MalformedFile(
-            "Alphas are given by regular expressions, and only names of modules are read.",
+            "Alphas or ranks are given by regular expressions, and only names of modules are read.",
             file=path,
             key=pattern,
-            hint="save the adapter with alpha_pattern written out module by module",
+            hint="save the adapter with alpha_pattern and rank_pattern written out module by module",
         )
     return name

@@ -27,13 +27,23 @@ from mergekit_sd.cli.one_shot import carry_out, one_shot_options
     show_default=True,
     help="For --prefix add, where names do not tell.",
 )
+@click.option(
+    "--style",
+    type=click.Choice(["auto", "a1111", "diffusers"]),
+    default="auto",
+    show_default=True,
+    help="Of a textual inversion: whose names; auto: diffusers' in .bin, the WebUI's in .pt.",
+)
 @one_shot_options(dtype="keep")
 @click.pass_obj
-def convert_command(token: mk.CancelToken, /, file: Path, prefix: str, family: str, **options: Any) -> int:
+def convert_command(token: mk.CancelToken, /, file: Path, prefix: str, family: str, style: str, **options: Any) -> int:
     """Write a model as safetensors, whatever it is now: a pickle, a diffusers folder, another dtype.
 
     Everything in it stays, EMA weights and junk as well; `prune` takes these out. For a diffusers folder:
     extract --format diffusers.
+
+    Textual inversions and hypernetworks are written as the output is named: .safetensors, .pt, or .bin (textual
+    inversions). Their name, steps and other settings go along, in all but diffusers' .bin.
     """
-    node = mk.ops.convert(mk.open(file), prefix=prefix, family=family)
+    node = mk.ops.convert(mk.open(file), prefix=prefix, family=family, style=style)
     return carry_out(token, node, keys={"junk": "keep", "ema": "keep"}, **options)

@@ -32,15 +32,22 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "merge": ("merge", "Merge models without writing a recipe."),
         "demo": ("demo", "Make small models and merge them, to see how it works."),
     },
+    "Pictures": {
+        "sample": ("sample", "Draw with models, or with a merge that was never written."),
+    },
     "Surgery": {
         "prune": ("surgery", "Take out junk and the EMA copy."),
         "fix": ("surgery", "Mend position ids and NovelAI's names."),
         "extract": ("surgery", "Write one component as a file of its own."),
         "bake-vae": ("surgery", "Put another VAE into a checkpoint."),
-        "convert": ("convert", "Write a model with another dtype, container or names."),
+        "convert": ("convert", "Write any file with another dtype, container or names."),
     },
     "LoRA": {
         "lora": ("lora", "Put LoRA files and their relatives into models."),
+    },
+    "Embeddings": {
+        "embedding": ("embedding", "Blend textual inversions, or put them one after the other."),
+        "hypernetwork": ("embedding", "Average hypernetworks, or make one stronger or weaker."),
     },
     "Files": {
         "inspect": ("inspect", "Tell what a model file is and what is in it."),

@@ -41,6 +41,15 @@ def print_plan(plan: dict[str, Any]) -> None:
         _print_step(out, step)
     for output in plan["outputs"]:
         _print_output(out, output)
+    for sample in plan["samples"]:
+        _say(
+            out,
+            0,
+            f"{count(sample['pictures'], 'picture')} of {_names(sample['of'])}: {shown(sample['prompt'])}",
+            wrap=True,
+        )
+    if plan["samples"]:
+        out.print()
     out.print(f"reads {size(plan['read_bytes'])}, writes {size(plan['write_bytes'])}")
     for warning in plan["warnings"]:
         print_warning(warning)

@@ -18,7 +18,7 @@ from mergekit_sd.cli.options import (
     parsed_overrides,
     set_option,
 )
-from mergekit_sd.cli.show import Talk, print_error, print_json, print_made, print_warning
+from mergekit_sd.cli.show import Talk, print_error, print_json, print_made, print_warning, wrong_pictures
 from mergekit_sd.errors import Cancelled, MergekitError
 from mergekit_sd.text import count, shown
 
@@ -34,6 +34,8 @@ RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--keep-going", is_flag=True, help="Go on with the next recipe after a failure.")
 @click.option("--skip-done", is_flag=True, help="Skip recipes that their lock says are done.")
 @click.option("--locked", is_flag=True, help="Refuse to differ from the recipe's lock.")
+@click.option("--samples/--no-samples", default=True, help="Draw what the recipe's samples ask for, or nothing.")
+@click.option("--strict", is_flag=True, help="End with code 3 where a check of the pictures fails.")
 @click.option("--hash", "sha256", is_flag=True, help="Put the sha256 of every input into the lock.")
 @output_root_option
 @engine_options
@@ -46,6 +48,7 @@ def run_command(
     overrides: tuple[str, ...],
     dry_run: bool,
     keep_going: bool,
+    strict: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -59,8 +62,8 @@ def run_command(
                 report, problem = _planned(recipe, changes, as_json, options)
                 reports.append(report)
             else:
-                reports.append(_made(recipe, changes, token, as_json, options))
-                problem = None
+                report, problem = _made(recipe, changes, token, as_json, strict, options)
+                reports.append(report)
         except MergekitError as error:
             print_error(error, as_json)
             problem = error
@@ -74,13 +77,22 @@ def run_command(
 
 
 def _made(
-    recipe: Path, changes: dict[str, object], token: mk.CancelToken, as_json: bool, options: dict[str, Any]
-) -> dict[str, Any]:
+    recipe: Path,
+    changes: dict[str, object],
+    token: mk.CancelToken,
+    as_json: bool,
+    strict: bool,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], MergekitError | None]:
+    """Run a recipe and print what it made; for the report, too, what --strict finds wrong with the pictures."""
     with Talk(as_json) as talk:
         report = mk.run(recipe, set=changes, on_event=talk, cancel=token, **options)
     if not as_json:
         print_made(report)
-    return report.as_json()
+    problem = wrong_pictures(report.samples["checks"]) if strict and report.samples else None
+    if problem:
+        print_error(problem, as_json)
+    return report.as_json(), problem
 
 
 def _exit_code(errors: list[MergekitError]) -> int:

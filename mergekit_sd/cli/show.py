@@ -10,14 +10,15 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_sd.cli.layout import width
 from mergekit_sd.cli.streams import wanted_color
-from mergekit_sd.errors import MergekitError
-from mergekit_sd.events import Event, Noted, OutputFinished, OutputStarted, Progressed
+from mergekit_sd.errors import ChecksFailed, MergekitError
+from mergekit_sd.events import Event, Noted, OutputFinished, OutputStarted, Progressed, Sampling
 from mergekit_sd.text import count, listed, shown, size
 
 if TYPE_CHECKING:
@@ -125,6 +126,37 @@ def print_made(report: mk.RunReport) -> None:
                 print_warning(f"{what}: {elements} in {where}: {listed(found)}")
     for name in report.skipped:
         click.echo(f"{shown(name)}: done already")
+    if report.samples:
+        print_samples(report.samples)
+
+
+WORDS = {"warning": "look", "failed": "BAD"}
+
+
+def print_samples(samples: Mapping[str, Any]) -> None:
+    """What was drawn, where it lies, and each check that is not fine."""
+    folder, checks, machine = samples["folder"], samples["checks"], samples["machine"]
+    pictures, models = count(len(samples["pictures"]), "picture"), count(len(samples["models"]), "model")
+    peak = f", {size(machine['peak_memory'])} of memory at most" if machine.get("peak_memory") else ""
+    click.echo(f"{shown(folder)}: {pictures} of {models} in {machine['seconds']} s{peak}")
+    for check in checks:
+        if check["level"] != "ok":
+            click.echo(f"  {WORDS[check['level']]:4}  {shown(check['message'])}")
+    if checks:
+        good = sum(check["level"] == "ok" for check in checks)
+        click.echo(f"  {good} of {count(len(checks), 'check')} found nothing wrong")
+    click.echo(f"  look at {shown(str(Path(folder, 'report.html')))}")
+    for note in samples["notes"]:
+        print_warning(note)
+
+
+def wrong_pictures(checks: Sequence[Mapping[str, Any]]) -> MergekitError | None:
+    """What `--strict` ends with: the failed checks, if there are any."""
+    failed = [check["message"] for check in checks if check["level"] == "failed"]
+    if not failed:
+        return None
+    message = f"{count(len(failed), 'check')} of the pictures failed; the files were written."
+    return ChecksFailed(message, hint="look at report.html beside the pictures", details=failed)
 
 
 def made_counts(counts: Mapping[Any, int], dropped: Mapping[str, int]) -> str:
@@ -141,6 +173,7 @@ class Talk:
         self._as_json = as_json
         self._bar: Any = None
         self._task: Any = None
+        self._drawing = False
 
     def __enter__(self) -> Talk:
         return self
@@ -155,30 +188,48 @@ class Talk:
         elif isinstance(event, Noted):
             print_warning(event.message)
         elif isinstance(event, OutputStarted):
-            self._start_bar(event)
+            self._start_bar(event.output, event.bytes, in_bytes=True)
+        elif isinstance(event, Sampling):
+            self._sampled(event)
         elif isinstance(event, Progressed) and self._bar:
             self._bar.update(self._task, completed=event.done)
         elif isinstance(event, OutputFinished):
             self._end_bar()
 
-    def _start_bar(self, event: OutputStarted) -> None:
+    def _sampled(self, event: Sampling) -> None:
+        """A bar for the pictures of all models, which says at what it is."""
+        if not self._drawing:
+            self._end_bar()
+            self._start_bar(event.model, event.steps, in_bytes=False)
+            self._drawing = True
+        if self._bar:
+            self._bar.update(self._task, completed=event.done, description=shown(f"{event.model}: {event.stage}"))
+
+    def _start_bar(self, what: str, total: int, *, in_bytes: bool) -> None:
         if not sys.stderr.isatty():
             return
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.text import Text
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            DownloadColumn(binary_units=True),
+            DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=console(stderr=True),
             transient=True,
         )
         self._bar.start()
-        self._task = self._bar.add_task(Text(shown(event.output)).plain, total=event.bytes)
+        self._task = self._bar.add_task(shown(what), total=total)
 
     def _end_bar(self) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None
+        self._drawing = False

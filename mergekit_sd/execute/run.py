@@ -22,6 +22,7 @@ from mergekit_sd.execute.compare import Comparison
 from mergekit_sd.execute.ledger import Leaves, Ledger
 from mergekit_sd.execute.making import Nowhere, constants_of, data_hash
 from mergekit_sd.execute.memory import check_device, memory_of
+from mergekit_sd.execute.packing import Held
 from mergekit_sd.execute.surveys import needed_surveys, survey_models
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
 from mergekit_sd.execute.worker import Sink, Worker
@@ -256,12 +257,21 @@ def write_output(run: _Run, output: PlannedOutput) -> OutputReport:
     begun = time.monotonic()
     output = place_output(run.plan, made_output(run, output) if output.making else output, run.files)
     run.on_event(OutputStarted(output.name, str(output.path), output.size))
-    with run.cancel.guarded(), OutputFile(output.path, output.size) as target:
-        report = stream(run, output, target)
+    with run.cancel.guarded(), contextlib.ExitStack() as stack:
+        if output.is_pickle:
+            held = Held(output.size)
+            report = stream(run, output, held)
+            packed = held.packed(output)
+            report = replace(report, bytes=len(packed))
+            target = stack.enter_context(OutputFile(output.path, len(packed)))
+            target.write(memoryview(packed), 0)
+        else:
+            target = stack.enter_context(OutputFile(output.path, output.size))
+            report = stream(run, output, target)
         _wait([target.sync], lambda: None, run.cancel, target.give_up)
         target.commit()
     seconds = time.monotonic() - begun
-    run.on_event(OutputFinished(output.name, str(output.path), output.size, report.content_hash, seconds))
+    run.on_event(OutputFinished(output.name, str(output.path), report.bytes, report.content_hash, seconds))
     return replace(report, seconds=seconds)
 
 
@@ -276,10 +286,7 @@ def made_output(run: _Run, output: PlannedOutput) -> PlannedOutput:
         run.on_event(Progressed(output.name, min(ledger.done, total), total, time.monotonic() - begun))
 
     if not survey.done:
-        with _opened(run.plan) as inputs:
-            _work(replace(output, tensors=()), inputs, Nowhere(), ledger, run, tell)
-            for source in inputs:
-                source.check_unchanged()
+        _pass(run, replace(output, tensors=()), Nowhere(), ledger, tell)
     made = constants_of(output, survey.result.tensors)
     labels = dict(output.making.metadata(survey.result))
     if not output.tensors:  # else, the hash of the bytes is known only once they are written
@@ -295,10 +302,7 @@ def stream(run: _Run, output: PlannedOutput, sink: Sink) -> OutputReport:
     def tell() -> None:
         run.on_event(Progressed(output.name, ledger.done, output.size, time.monotonic() - begun))
 
-    with _opened(run.plan) as inputs:
-        _work(output, inputs, sink, ledger, run, tell)
-        for source in inputs:
-            source.check_unchanged()
+    _pass(run, output, sink, ledger, tell)
     ledger.check(output.name, run.options.allow_nonfinite)
     content, made = {}, None
     if run.options.hashing:
@@ -323,6 +327,34 @@ def stream(run: _Run, output: PlannedOutput, sink: Sink) -> OutputReport:
         time.monotonic() - begun,
         output.making.report(output.making.survey.result) if output.making else {},
     )
+
+
+def compute(
+    plan: Plan,
+    output: PlannedOutput,
+    sink: Sink,
+    options: RunOptions = RunOptions(),
+    on_event: Listener = ignore,
+    cancel: CancelToken | None = None,
+) -> None:
+    """Compute a placed output's tensors into a sink, whatever is found in them: no header, no hashes."""
+    run = _Run(plan, replace(options, hashing=False), {}, Leaves(), on_event, cancel or CancelToken())
+    ledger, begun = Ledger(run.leaves), time.monotonic()
+    total = sum(tensor.info.nbytes for tensor in output.tensors)
+
+    def tell() -> None:
+        on_event(Progressed(output.name, ledger.done, total, time.monotonic() - begun))
+
+    _pass(run, output, sink, ledger, tell)
+    tell()
+
+
+def _pass(run: _Run, output: PlannedOutput, sink: Sink, ledger: Ledger, tell: Callable[[], None]) -> None:
+    """All tasks of an output, of inputs that stay as they were."""
+    with _opened(run.plan) as inputs:
+        _work(output, inputs, sink, ledger, run, tell)
+        for source in inputs:
+            source.check_unchanged()
 
 
 def _check_locked(run: _Run, output: PlannedOutput, made: str) -> None:

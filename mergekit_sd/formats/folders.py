@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -16,7 +17,7 @@ from mergekit_sd.formats import claims
 from mergekit_sd.formats.claims import claim, sweep, temporary_name
 from mergekit_sd.formats.writing import check_folder, sync_folder
 
-MARKS = ("model_index.json", "config.json")  # only a folder that has one of them is ever replaced
+MARKS = ("model_index.json", "config.json")  # of a model; only a folder that has one of them is ever replaced
 
 
 class OutputFolder:
@@ -26,8 +27,8 @@ class OutputFolder:
     which the next run of the same target removes.
     """
 
-    def __init__(self, target: Path, *, force: bool) -> None:
-        check_new_folder(target, force=force)
+    def __init__(self, target: Path, *, force: bool, marks: Sequence[str] = MARKS) -> None:
+        check_new_folder(target, force=force, marks=marks)
         self.target = Path(os.path.realpath(target))  # a symlinked target is followed
         parent, name = self.target.parent, self.target.name
         self.place, self._aside = (parent / f".{name}.mergekit-sd.{what}" for what in ("new", "old"))
@@ -36,7 +37,7 @@ class OutputFolder:
         self._descriptor = claim(self._lock, self.target)
         try:
             self._clean()
-            check_new_folder(target, force=force)  # a killed run's may have been put back
+            check_new_folder(target, force=force, marks=marks)  # a killed run's may have been put back
             self.place.mkdir()
         except BaseException as error:
             self._end()
@@ -44,13 +45,13 @@ class OutputFolder:
                 raise self._fault(error) from error
             raise
 
-    def write(self, name: str, text: str) -> None:
-        """A small text file, at a path within the folder; brought onto the disk at once."""
+    def write(self, name: str, content: str | bytes) -> None:
+        """A small file, at a path within the folder; brought onto the disk at once."""
         path = self.place / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with path.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -96,8 +97,8 @@ class OutputFolder:
         self._end()
 
 
-def check_new_folder(target: Path, *, force: bool) -> None:
-    """Before any work: the target can be made, and what it would replace is a model's folder, and meant."""
+def check_new_folder(target: Path, *, force: bool, marks: Sequence[str] = MARKS) -> None:
+    """Before any work: the target can be made, and what it would replace has one of `marks`, and is meant."""
     real = Path(os.path.realpath(target))
     check_folder(real.parent, 0)
     if not os.path.lexists(real):
@@ -108,6 +109,6 @@ def check_new_folder(target: Path, *, force: bool) -> None:
         )
     if not force:
         raise OutputExists("The output exists already.", file=target, hint="give --force to replace it")
-    if any(real.iterdir()) and not any((real / mark).is_file() for mark in MARKS):
-        hint = "name a new folder, or one of diffusers"
-        raise UsageError("This folder is no model, so it is not replaced.", file=target, hint=hint)
+    if any(real.iterdir()) and not any((real / mark).is_file() for mark in marks):
+        hint = f"name a new folder, or one that holds {' or '.join(marks)}"
+        raise UsageError("This folder holds something else, so it is not replaced.", file=target, hint=hint)

@@ -37,6 +37,7 @@ PURPOSES = (
     "plain arithmetic",
     "operate on one model",
     "LoRA and its relatives",
+    "textual inversions and hypernetworks",
 )
 """What operations are for, in the order in which they are listed."""
 

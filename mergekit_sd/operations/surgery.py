@@ -46,13 +46,16 @@ def convert(
     *,
     prefix: Annotated[str, ChoiceKind(("keep", "add", "remove"))] = "keep",
     family: Annotated[str, ChoiceKind(("auto", "sd1", "sd2", "sdxl"))] = "auto",
+    style: Annotated[str, ChoiceKind(("auto", "a1111", "diffusers"))] = "auto",
     out: Out = None,
 ) -> Weight:
     """Names as they are, or those of a component alone with or without the prefix that checkpoints have.
 
     `first_stage_model.decoder…` is `decoder…` in a VAE file. Pickles, diffusers' folders and NovelAI's names become
     the usual names in any case; the output's dtype does the rest. A CLIP text encoder alone may be SD1's or
-    SDXL's: `family` says which.
+    SDXL's: `family` says which. Textual inversions are .safetensors, .pt or .bin, hypernetworks .safetensors or .pt, as
+    the output's file is named; `style` says whose names a textual inversion has: unless told, diffusers' in a
+    .bin and the WebUI's in a .pt.
     """
     raise NotImplementedError("planned")
 

@@ -17,6 +17,7 @@ from mergekit_sd.formats.open import open_model
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import check_folder, check_target
 from mergekit_sd.planning.expression import Constant, Expression, Read, reads_of
+from mergekit_sd.planning.forms import form_output
 from mergekit_sd.planning.metadata import build_metadata
 from mergekit_sd.planning.models import Model, StepReport, model_of_file, with_markers
 from mergekit_sd.planning.outputs import Draft, draft_tensors
@@ -49,7 +50,7 @@ class PlanOptions:
 def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
     """Plan the outputs of a recipe. Raises every error that can be told from headers alone."""
     names = list(options.outputs or recipe.outputs)
-    if not names:
+    if not names and not recipe.samples:
         raise recipe.error("There is nothing to make: the recipe has no [outputs].", (), hint="add [outputs.NAME]")
     used = reachable(recipe, names)
     paths, moved = resolve_inputs(recipe, used.models, options.search, options.find)
@@ -62,11 +63,8 @@ def build_plan(recipe: Recipe, options: PlanOptions = PlanOptions()) -> Plan:
     models, steps, mixed = _follow_steps(recipe, used.steps, inputs)
     outputs = tuple(_plan_output(recipe, name, targets[name], models, inputs) for name in names)
     unbaked = reachable(recipe, [name for name in names if not recipe.outputs[name].vae]).steps
-    samples = (
-        ("the recipe's [[samples]] are checked, but this version makes no pictures yet",) if recipe.samples else ()
-    )
     noted = [note for step in steps for note in step.notes]
-    warnings = (*recipe.warnings, *moved, *noted, *samples, *(text for step, text in mixed.items() if step in unbaked))
+    warnings = (*recipe.warnings, *moved, *noted, *(text for step, text in mixed.items() if step in unbaked))
     plan = Plan(recipe, tuple(inputs.values()), tuple(steps), outputs, warnings, options.metadata)
     return replace(plan, outputs=tuple(place_output(plan, output, {}) for output in plan.outputs))
 
@@ -135,7 +133,8 @@ def _plan_output(
 ) -> PlannedOutput:
     """An output with all but offsets: those need the header's length, which needs every output's reads."""
     spec = recipe.outputs[name]
-    model = models[spec.model]
+    metadata = list(inputs.values())[models[spec.model].origin].file.metadata
+    model, settings = form_output(recipe, spec, path, models[spec.model], metadata)
     if model.making:
         return _plan_making(spec, path, model, list(inputs.values()))
     places = model.layout.places
@@ -147,7 +146,7 @@ def _plan_output(
         _planned(draft, TensorInfo(name, draft.dtype, draft.expression.shape, 0, 0)) for name, draft in drafts.items()
     )
     prediction = output_prediction(recipe, spec, [each for n, each in enumerate(inputs.values()) if n in unets])
-    return PlannedOutput(spec, path, 0, model.layout, prediction, tensors, dropped)
+    return PlannedOutput(spec, path, 0, model.layout, prediction, tensors, dropped, settings=settings)
 
 
 def _plan_making(spec: OutputSpec, path: Path, model: Model, inputs: Sequence[Input]) -> PlannedOutput:

@@ -46,12 +46,14 @@ class FolderPlan:
     """A folder before it exists: its outputs by component, and its small files by their path, as plain data.
 
     `pads`: by tokenizer folder, whether it pads with the end mark (CLIP's) rather than with id 0 (OpenCLIP's).
+    `left_out`: the model's tensors that diffusers makes itself or has no place for.
     """
 
     plan: Plan
     outputs: Mapping[str, PlannedOutput]
     files: Mapping[str, Config]
     pads: Mapping[str, bool]
+    left_out: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -95,7 +97,18 @@ def plan_folder(plan: Plan, component: str | None = None) -> FolderPlan:
     classes = {name: configs[name]["architectures"][0] for name in encoders}
     files["model_index.json"] = model_index(architecture.name, classes, scheduler["_class_name"])
     pads = {name.replace("text_encoder", "tokenizer"): parts[name] == "clip" for name in encoders}
-    return FolderPlan(plan, outputs, files, pads)
+    return FolderPlan(plan, outputs, files, pads, _left_out(output, architecture, parts))
+
+
+def _left_out(output: PlannedOutput, architecture: Architecture, parts: Mapping[str, Part]) -> tuple[str, ...]:
+    """The tensors of which `_component` makes nothing, the schedule last."""
+
+    def has_place(tensor: PlannedTensor) -> bool:
+        component = tensor.component or ""
+        return component in parts and bool(_twins(output, architecture, tensor, component, parts[component]))
+
+    ordered = sorted(output.tensors, key=lambda each: each.component is None)
+    return tuple(tensor.info.name for tensor in ordered if not has_place(tensor))
 
 
 def _check_whole(
@@ -122,16 +135,25 @@ def _component(
     output: PlannedOutput, architecture: Architecture, component: str, part: Part
 ) -> tuple[PlannedTensor, ...]:
     """The tensors of a component as diffusers has them, those that it has no place for left out."""
+    return tuple(
+        _as_twin(tensor, twin)
+        for tensor in output.tensors
+        if tensor.component == component
+        for twin in _twins(output, architecture, tensor, component, part)
+    )
+
+
+def _twins(
+    output: PlannedOutput, architecture: Architecture, tensor: PlannedTensor, component: str, part: Part
+) -> list[Twin]:
+    """Where diffusers has a tensor of the component: nowhere, once, or in several parts."""
     prefix = output.layout.prefix_of(component) or architecture.components[component]
-    made = []
-    for tensor in output.tensors:
-        if tensor.component != component:
-            continue
-        for twin in to_diffusers(part, tensor.info.name.removeprefix(prefix)):
-            unused = architecture.family == "sd2" and twin.name.startswith(_SD2_UNUSED)
-            if not unused and not twin.name.endswith(".position_ids"):  # transformers makes these itself
-                made.append(_as_twin(tensor, twin))
-    return tuple(made)
+    return [
+        twin
+        for twin in to_diffusers(part, tensor.info.name.removeprefix(prefix))
+        if not twin.name.endswith(".position_ids")  # transformers makes these itself
+        and not (architecture.family == "sd2" and twin.name.startswith(_SD2_UNUSED))
+    ]
 
 
 def _as_twin(tensor: PlannedTensor, twin: Twin) -> PlannedTensor:

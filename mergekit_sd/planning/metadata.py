@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -17,6 +17,7 @@ from mergekit_sd.formats.hashing import FileHashes
 from mergekit_sd.planning.values import Plan, PlannedOutput
 from mergekit_sd.recipe.graph import reachable
 from mergekit_sd.recipe.load import Recipe
+from mergekit_sd.recipe.samplers import SAMPLERS
 
 RECIPE_KEY = "mergekit_sd.recipe"
 NO_CONTENT_HASH = "0" * 32
@@ -32,7 +33,7 @@ def build_metadata(
 
     Inputs whose hash is not known yet get a placeholder of the same width.
     """
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", **output.settings}
     if plan.metadata == "none":
         return metadata
     metadata |= {**_modelspec(plan, output), **output.labels}
@@ -102,14 +103,42 @@ def _modelspec(plan: Plan, output: PlannedOutput) -> dict[str, str]:
         "architecture": f"{published}/lora" if output.making else published,
         "implementation": IMPLEMENTATION,
         "title": plan.recipe.title or output.name,
-        "resolution": f"{resolution}x{resolution}",
+        "resolution": _size(output) or _agreed(plan, output, "modelspec.resolution") or f"{resolution}x{resolution}",
         "merged_from": ", ".join(PureWindowsPath(plan.recipe.models[name].file).name for name in parents),
     }
     if output.prediction:
         fields["prediction_type"] = output.prediction
     if plan.recipe.date:
         fields["date"] = str(plan.recipe.date)
+    if hint := sampling_hint(output.spec.sampling) or _agreed(plan, output, "modelspec.usage_hint"):
+        fields["usage_hint"] = hint
     return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+def _size(output: PlannedOutput) -> str | None:
+    size = (output.spec.sampling or {}).get("size")
+    return f"{size[0]}x{size[1]}" if size else None
+
+
+def _agreed(plan: Plan, output: PlannedOutput, key: str) -> str | None:
+    """What all files say that the UNet is made of: how to sample it does not change by a merge of equals."""
+    used = {read.input for tensor in output.tensors if tensor.component == "unet" for read in tensor.reads}
+    said = {plan.inputs[number].file.metadata.get(key) for number in used}
+    return said.pop() if len(said) == 1 else None
+
+
+def sampling_hint(sampling: Mapping[str, Any] | None) -> str | None:
+    """Settings as people read them, in the words of the WebUI's infotext."""
+    if not sampling:
+        return None
+    words: dict[str, Callable[[Any], str]] = {
+        "steps": lambda value: f"Steps: {value}",
+        "sampler": lambda value: f"Sampler: {SAMPLERS[value].label}",
+        "cfg": lambda value: f"CFG scale: {value:g}",
+        "size": lambda value: f"Size: {value[0]}x{value[1]}",
+        "clip_skip": lambda value: f"Clip skip: {value}",
+    }
+    return ", ".join(say(sampling[name]) for name, say in words.items() if name in sampling)
 
 
 def _a1111(plan: Plan, output: PlannedOutput, files: Mapping[int, FileHashes]) -> dict[str, str]:

@@ -44,6 +44,8 @@ class Model:
     """Where it is a file as it is."""
     making: Any = None
     """Of a LoRA that a step makes: its `planning.values.Making`."""
+    form: Any = None
+    """Of a textual inversion or a hypernetwork: how it is to be stored, its `planning.forms.Form`."""
 
     def mergeable(self) -> list[str]:
         """The names that operations work on: floating-point weights, neither junk nor schedule."""

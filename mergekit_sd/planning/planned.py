@@ -12,7 +12,9 @@ from mergekit_sd.operations import OPERATIONS
 from mergekit_sd.operations.planned import PAIR
 from mergekit_sd.planning import surgery
 from mergekit_sd.planning.adapters import inject_loras
+from mergekit_sd.planning.embeddings import merge_embeddings, merge_hypernetworks
 from mergekit_sd.planning.expression import Apply, Expression, RestChannels
+from mergekit_sd.planning.forms import convert
 from mergekit_sd.planning.lora import extract_lora
 from mergekit_sd.planning.lora_files import merge_loras, rename_lora, resize_lora
 from mergekit_sd.planning.models import (
@@ -47,12 +49,14 @@ MAKING: Mapping[str, Callable[[Step, Mapping[str, Model], int], tuple[Model, Ste
     "merge_loras": merge_loras,
     "resize_lora": resize_lora,
     "rename_lora": rename_lora,
+    "merge_embeddings": merge_embeddings,
+    "merge_hypernetworks": merge_hypernetworks,
 }
 SURGERY: Mapping[str, Callable[..., Model]] = {
     "prune": surgery.prune,
     "fix": surgery.fix,
     "extract": surgery.extract,
-    "convert": surgery.convert,
+    "convert": convert,
     "replace": surgery.exchange,
     "exchange_ema": surgery.exchange_ema,
 }

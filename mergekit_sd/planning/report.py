@@ -16,6 +16,10 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "inputs": [_input(each) for each in plan.inputs],
         "steps": [_step(each) for each in plan.steps],
         "outputs": [_output(each) for each in plan.outputs],
+        "samples": [
+            {"of": list(sample.of), "prompt": sample.prompt, "pictures": len(sample.of) * len(sample.seeds)}
+            for sample in plan.recipe.samples
+        ],
         "read_bytes": sum(output.read_bytes for output in plan.outputs),
         "write_bytes": sum(output.size for output in plan.outputs),
         "warnings": list(plan.warnings),

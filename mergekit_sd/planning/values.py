@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mergekit_sd.architectures import Layout
 from mergekit_sd.formats.tensor import ModelFile, TensorInfo
+from mergekit_sd.formats.torch_files import SUFFIXES
 from mergekit_sd.planning.expression import Expression, Program, Read, Survey, compile_expression, reads_of
 from mergekit_sd.planning.models import StepReport
 from mergekit_sd.recipe.load import OutputSpec, Recipe
@@ -83,11 +84,18 @@ class PlannedOutput:
     is_made: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     """More metadata of its own."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What its tensors mean nothing without: a hypernetwork's activation. Never left out."""
 
     @property
     def name(self) -> str:
         """The output's name in the recipe."""
         return self.spec.name
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether it is a textual inversion or a hypernetwork that PyTorch is to read."""
+        return self.path.suffix.lower() in SUFFIXES
 
     def counted(self) -> dict[How, int]:
         """How many tensors are made how."""

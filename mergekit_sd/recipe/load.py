@@ -88,6 +88,8 @@ class OutputSpec:
     ema: Literal["drop", "keep"] = "drop"
     position_ids: Literal["reset", "keep"] = "reset"
     prediction: Literal["epsilon", "v"] | None = None
+    sampling: Mapping[str, Any] | None = None
+    """How to sample it, by the names of a sample's settings."""
 
     def dtype_of(self, component: str | None) -> str:
         """The dtype's name ("fp16", …, "keep") for tensors of a component, or of none."""
@@ -95,8 +97,22 @@ class OutputSpec:
 
 
 @dataclass(frozen=True)
+class ControlUse:
+    """A ControlNet's file, the picture it is shown, how much it counts and from when to when (shares of the steps)."""
+
+    net: str
+    picture: str
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Validation pictures; `size` None: the model's own."""
+    """Validation pictures; `size` None: the model's own. `extras`: files or folders of what prompts name.
+
+    `given`: the settings that the recipe says, which no model's own defaults replace.
+    """
 
     of: tuple[str, ...]
     prompt: str
@@ -107,6 +123,10 @@ class Sample:
     sampler: str
     size: tuple[int, int] | None
     clip_skip: int | None
+    cfg_rescale: float = 0.0
+    extras: tuple[str, ...] = ()
+    control: tuple[ControlUse, ...] = ()
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -269,13 +289,15 @@ def _number_or_text(text: str) -> float | str:
 def _output(name: str, entry: OutputEntry) -> OutputSpec:
     dtype = entry.dtype
     by_part = dtype.model_dump(exclude_none=True) if isinstance(dtype, DtypeEntry) else {"default": dtype}
-    return OutputSpec(name, dtype=by_part, **entry.model_dump(exclude={"dtype"}))
+    sampling = entry.sampling.model_dump(exclude_none=True) if entry.sampling else None
+    return OutputSpec(name, dtype=by_part, sampling=sampling, **entry.model_dump(exclude={"dtype", "sampling"}))
 
 
 def _sample(entry: SampleEntry) -> Sample:
-    values = entry.model_dump()
+    values = entry.model_dump(exclude={"control"})
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Sample(**{**values, **lists})
+    control = tuple(ControlUse(**each.model_dump()) for each in entry.control)
+    return Sample(**{**values, **lists}, control=control, given=frozenset(entry.model_fields_set))
 
 
 # --- overrides --------------------------------------------------------------------------------------

@@ -64,6 +64,16 @@ class DtypeEntry(Table):
     text_encoder_2: DtypeName | None = None
 
 
+class SamplingEntry(Table):
+    """How pictures of a model are made where nothing else is asked: for distilled models, which need few steps."""
+
+    steps: int | None = Field(None, ge=1, le=1000)
+    cfg: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    sampler: SamplerName | None = None
+    size: list[Pixels] | None = Field(None, min_length=2, max_length=2, description="Width and height.")
+    clip_skip: int | None = Field(None, ge=1, le=12)
+
+
 class OutputEntry(Table):
     """A file to write."""
 
@@ -78,6 +88,17 @@ class OutputEntry(Table):
     ema: Literal["drop", "keep"] = Field("drop", description="keep: only where the UNet is an untouched copy.")
     position_ids: Literal["reset", "keep"] = Field("reset", description="The text encoder's position ids.")
     prediction: Literal["epsilon", "v"] | None = Field(None, description="Only where the parents disagree.")
+    sampling: SamplingEntry | None = Field(None, description="How to sample it; becomes modelspec.usage_hint.")
+
+
+class ControlEntry(Table):
+    """A ControlNet and the picture that it is shown, ready for it: edges, a depth map, a pose."""
+
+    net: FileName = Field(description="The ControlNet's file, or its folder of diffusers.")
+    picture: FileName
+    weight: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
+    start: float = Field(0.0, ge=0, le=1, description="A share of the steps.")
+    end: float = Field(1.0, ge=0, le=1, description="A share of the steps.")
 
 
 class SampleEntry(Table):
@@ -92,6 +113,9 @@ class SampleEntry(Table):
     sampler: SamplerName = DEFAULT_SAMPLER
     size: list[Pixels] | None = Field(None, min_length=2, max_length=2, description="Width and height.")
     clip_skip: int | None = Field(None, ge=1, le=12)
+    cfg_rescale: float = Field(0.0, ge=0, le=1, description="For v-prediction: how far guidance keeps the spread.")
+    extras: list[FileName] = Field(default=[], description="LoRAs, embeddings, hypernetworks that prompts name.")
+    control: list[ControlEntry] = Field(default=[], description="ControlNets.")
 
 
 class RecipeFile(Table):
@@ -222,7 +246,9 @@ _KEYS: _Keys = {
     ("models", "*"): ("a model", list(ModelEntry.model_fields)),
     ("outputs", "*"): ("an output", list(OutputEntry.model_fields)),
     ("outputs", "*", "dtype"): ("a table of dtypes", list(DtypeEntry.model_fields)),
+    ("outputs", "*", "sampling"): ("settings of pictures", list(SamplingEntry.model_fields)),
     ("samples", "*"): ("a sample", list(SampleEntry.model_fields)),
+    ("samples", "*", "control", "*"): ("a ControlNet's use", list(ControlEntry.model_fields)),
 }
 _LORA_KEYS: _Keys = {("loras", "*"): ("a LoRA", list(LoraEntry.model_fields))}
 

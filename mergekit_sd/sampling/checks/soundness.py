@@ -1,0 +1,153 @@
+"""Whether a model is whole: NaN and where it comes from, position ids, its VAE, what its UNet predicts.
+
+Owns these verdicts. Must not load or ask a model: what was measured, and what others saw, is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mergekit_sd.sampling.checks import thresholds as t
+from mergekit_sd.sampling.checks.measuring import Measured
+from mergekit_sd.sampling.values import Check, Level
+from mergekit_sd.text import count, listed, shown
+
+READ_AS = {"epsilon": "noise (epsilon)", "v": "velocity (v)"}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What others saw of a model, as far as they looked.
+
+    Of its pictures: `nan_latents`, NaN came out of the UNet; `nan_decode`, the VAE made it, in fp32 too;
+    `in_fp32`, the VAE made it in its own dtype and fp32 did not. `position_ids` as `inspect` states them, None
+    where there are none to look at. `mixed_vae`: whether the recipe mixed VAEs. `changed`: by parent, then by
+    block, how much the recipe changes the model against it, 0 for a block that is the parent's own.
+    """
+
+    nan_latents: bool = False
+    nan_decode: bool = False
+    in_fp32: bool = False
+    position_ids: Literal["ok", "missing", "corrupt"] | None = None
+    mixed_vae: bool = False
+    changed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def check_soundness(
+    model: str, child: Measured, parents: Mapping[str, Measured], seen: Seen | None = None
+) -> tuple[Check, ...]:
+    """All of them; what cannot be told is not there."""
+    seen = seen or Seen()
+    checks = [check_finite(model, child, seen)]
+    if seen.position_ids is not None:
+        checks.append(check_position_ids(model, seen.position_ids))
+    if child.finite["UNet"]:
+        checks.append(check_prediction(model, child.prediction, child.type_errors))
+    if child.finite["VAE"]:
+        checks.append(check_vae(model, child, parents, mixed=seen.mixed_vae))
+    return tuple(checks)
+
+
+def check_finite(model: str, child: Measured, seen: Seen) -> Check:
+    """NaN and Inf. In the weights or before the VAE it is a bad merge; after the VAE alone, its precision or itself."""
+    name = shown(model)
+    figures = {"tensors": float(len(child.nonfinite)), "values": float(sum(child.nonfinite.values()))}
+    where = [part for part in ("text encoder", "UNet") if not child.finite[part]]
+    level: Level = "failed"
+    if child.nonfinite:
+        tensors = count(len(child.nonfinite), "tensor")
+        message = f"{name} holds NaN or Inf in {tensors}: {listed(child.nonfinite)}. The merge is bad; make it again."
+    elif where:
+        message = (
+            f"The {' and the '.join(where)} of {name} {'gives' if len(where) == 1 else 'give'} NaN or Inf though no "
+            "tensor holds any: weights are too large for this dtype, so the merge added up too much."
+        )
+    elif seen.nan_latents:
+        message = (
+            f"Making pictures of {name} ends in NaN before the VAE: the merge is bad, or the guidance far too strong."
+        )
+    elif seen.nan_decode or not child.finite["VAE"]:
+        message = (
+            f"The VAE of {name} makes NaN, and not for want of precision: it is broken. "
+            "The UNet is sound; give the model another VAE."
+        )
+    elif seen.in_fp32:
+        level = "warning"
+        message = (
+            f"The VAE of {name} overflows in the precision it is stored in; here it was run in fp32. "
+            "Tools that do not do so show black pictures: use a VAE mended for fp16."
+        )
+    else:
+        level, message = "ok", f"Nothing in {name} is NaN or Inf, and no answer of its networks."
+    return Check("finite", "sound", level, model, message, figures)
+
+
+def check_position_ids(model: str, state: str) -> Check:
+    """The text encoder's position ids, which merging as floats corrupts."""
+    name = shown(model)
+    if state == "corrupt":
+        message = (
+            f"The position ids of {name} are corrupt: tools that read them from the file mix up the prompt's words. "
+            'Write it with position_ids = "reset".'
+        )
+        return Check("position ids", "sound", "failed", model, message)
+    said = "are missing, which every tool makes good" if state == "missing" else "count from 0 to 76"
+    return Check("position ids", "sound", "ok", model, f"The position ids of {name} {said}.")
+
+
+def check_prediction(model: str, said: str, errors: Mapping[str, float]) -> Check:
+    """Whether the UNet predicts what the model says; a net that predicts neither is not accused."""
+    name, other = shown(model), "v" if said == "epsilon" else "epsilon"
+    if not errors:
+        message = f"What {name} predicts was not looked at: no probe has a middle timestep."
+        return Check("prediction type", "sound", "ok", model, message)
+    mine, theirs = errors[said], errors[other]
+    figures = {f"error as {kind}": error for kind, error in errors.items()}
+    if theirs < t.RIGHT_TYPE and mine > t.WRONG_TYPE * theirs:
+        message = (
+            f"{name} is taken to predict {READ_AS[said]}, but the pictures come out wrong because it predicts "
+            f'{READ_AS[other]}. Write prediction = "{other}" for it.'
+        )
+        return Check("prediction type", "sound", "failed", model, message, figures)
+    if mine < t.RIGHT_TYPE:
+        message = f"{name} predicts {READ_AS[said]}, as it says."
+        return Check("prediction type", "sound", "ok", model, message, figures)
+    message = f"Whether {name} predicts noise or velocity cannot be told: it predicts neither well."
+    return Check("prediction type", "sound", "warning", model, message, figures)
+
+
+def check_vae(model: str, child: Measured, parents: Mapping[str, Measured], *, mixed: bool = False) -> Check:
+    """Whether the VAE brings a picture back, and speaks the parents' language of latents."""
+    name = shown(model)
+    others = {who: each for who, each in parents.items() if each.finite["VAE"]}
+    figures = {"round trip": child.round_trip}
+    alike = {who: _cosine(child, each) for who, each in others.items() if each.latents.shape == child.latents.shape}
+    if alike:
+        figures["latents like the nearest parent's"] = max(alike.values())
+    best = min((each.round_trip for each in others.values()), default=None)
+    cause = "The recipe mixes VAEs: take one parent's whole." if mixed else "Give it the VAE of one of its parents."
+    level: Level = "failed"
+    if alike and max(alike.values()) < t.SAME_LATENTS:
+        message = (
+            f"The VAE of {name} is of another family than its parents', such as SDXL's in an SD1 model: "
+            f"its latents are not theirs. {cause}"
+        )
+    elif best is not None and child.round_trip > max(t.ROUND_TRIP_RATIO * best, t.ROUND_TRIP_LEAST):
+        times = child.round_trip / best if best else float("inf")
+        level = "failed" if child.round_trip > t.ROUND_TRIP else "warning"
+        message = f"The VAE of {name} brings a picture back {times:.0f} times worse than its parents'. {cause}"
+    elif child.round_trip > t.ROUND_TRIP and not others:
+        message = f"The VAE of {name} does not bring a picture back: it is broken, or no VAE of this family. {cause}"
+    else:
+        level, message = "ok", f"The VAE of {name} brings a picture back{' as its parents do' if others else ''}."
+    return Check("VAE", "sound", level, model, message, figures)
+
+
+def _cosine(mine: Measured, theirs: Measured) -> float:
+    a, b = (each.latents.astype(np.float64).ravel() for each in (mine, theirs))
+    sizes = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / sizes if sizes else 0.0

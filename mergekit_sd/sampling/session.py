@@ -1,0 +1,324 @@
+"""Pictures of a recipe's models, steps and outputs: one model in memory at a time, parents before their children.
+
+Owns the order and what is measured beside the pictures. Must not know where pictures are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from mergekit_sd.events import CancelToken, Listener, Sampling
+from mergekit_sd.inspection.position_ids import position_ids
+from mergekit_sd.lazy import torch
+from mergekit_sd.planning.build import PlanOptions
+from mergekit_sd.planning.samples import plan_sampled
+from mergekit_sd.planning.values import Plan
+from mergekit_sd.recipe.graph import reachable
+from mergekit_sd.recipe.load import Recipe
+from mergekit_sd.recipe.loras import LoraUse
+from mergekit_sd.sampling.checks.measuring import Measured, measure
+from mergekit_sd.sampling.checks.pictures import check_pictures
+from mergekit_sd.sampling.checks.probes import Probes, load_probes
+from mergekit_sd.sampling.checks.run import compare
+from mergekit_sd.sampling.checks.soundness import Seen
+from mergekit_sd.sampling.control import Control, load_control
+from mergekit_sd.sampling.decoding import Decoded, decode
+from mergekit_sd.sampling.denoise import denoise
+from mergekit_sd.sampling.hypernetworks import applied, load_hypernetwork
+from mergekit_sd.sampling.memory import peak_memory
+from mergekit_sd.sampling.networks import load_networks
+from mergekit_sd.sampling.packages import quiet
+from mergekit_sd.sampling.prompts import encode
+from mergekit_sd.sampling.shots import Shot, groups_of, picture_of, settled, shots_of
+from mergekit_sd.sampling.values import Chart, Check, Picture, SamplingReport
+from mergekit_sd.text import listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_sd.sampling.conditions import Condition
+    from mergekit_sd.sampling.networks import Networks
+
+Checks = Literal["full", "quick", "none"]
+Loras: TypeAlias = "tuple[tuple[LoraUse, Path | None], ...]"
+OnPicture: TypeAlias = Callable[[Picture], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOptions:
+    """How pictures are made, whatever the recipe asks for.
+
+    `checks`: "full" measures every model and its parents on probes, "quick" looks at pictures and weights only.
+    `probes`: a probes file, and the name of a set in it. `vae`: a file whose VAE all models get. `batch`: rows of
+    one call of the UNet. `tiled`: None decides by size. `dtype`: None for what is fastest on the device.
+    """
+
+    device: str = "cpu"
+    dtype: str | None = None
+    threads: int | None = None
+    batch: int = 8
+    tiled: bool | None = None
+    checks: Checks = "full"
+    probes: Path | None = None
+    probe_set: str | None = None
+    vae: Path | None = None
+    plan: PlanOptions | None = None
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What came of one model."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    decoded: list[Decoded] = field(default_factory=list)
+    measured: Measured | None = None
+
+
+class Session:
+    """One run. `prepare` finds all that can be refused from headers and text alone."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: SampleOptions,
+        on_event: Listener,
+        on_picture: OnPicture,
+        cancel: CancelToken,
+        written: Mapping[str, Path],
+    ) -> None:
+        self._recipe = recipe
+        self._options = options
+        self._on_event = on_event
+        self._on_picture = on_picture
+        self._cancel = cancel
+        self._written = written  # outputs that are files already
+        self._began = time.monotonic()
+        self._done = 0
+        self._seen: dict[str, _Seen] = {}
+        self.shots = shots_of(recipe)
+        self.names = tuple(dict.fromkeys(name for shot in self.shots for name in shot.of))
+        self.parents = {name: self._parents_of(name) for name in self.names}
+        self._plans: dict[tuple[str, Loras], Plan] = {}
+        self._plan_all()
+
+    @property
+    def steps(self) -> int:
+        """Steps of all pictures together."""
+        return sum(len(shot.of) * len(shot.settings.seeds) * shot.settings.steps for shot in self.shots)
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """A plan for each model that is loaded, with and without LoRAs."""
+        return tuple(self._plans.values())
+
+    def run(self) -> SamplingReport:
+        """All of it."""
+        probes = load_probes(self._options.probes, self._options.probe_set) if self._options.checks == "full" else None
+        with quiet(), _threads(self._options.threads):
+            for name in self._order():
+                self._sample(name, probes)
+        checks, charts = self._judged()
+        recipe = self._recipe
+        return SamplingReport(
+            title=recipe.title or (recipe.path.stem if recipe.path else listed(self.names)),
+            recipe=recipe.path.read_text(encoding="utf-8") if recipe.path else None,
+            models=self.names,
+            parents=tuple(dict.fromkeys(each for name in self.names for each in self.parents[name])),
+            pictures=tuple(picture for name in self.names for picture in self._seen[name].pictures),
+            checks=checks,
+            charts=charts,
+            notes=(),
+            machine=self._machine(),
+        )
+
+    # --- plans ------------------------------------------------------------------------------------------
+
+    def _parents_of(self, name: str) -> tuple[str, ...]:
+        """The models that a step or output is made of; a model has none."""
+        if name in self._recipe.models and name not in self._recipe.outputs:
+            return ()
+        return tuple(each for each in reachable(self._recipe, [name]).models if each != name)
+
+    def _order(self) -> list[str]:
+        """Parents first, whether or not pictures of them are asked for."""
+        measured = self._options.checks == "full"
+        parents = [each for name in self.names for each in self.parents[name]] if measured else []
+        first = [each for each in dict.fromkeys(parents) if ((each, ()) in self._plans)]
+        return list(dict.fromkeys([*first, *(name for name in self.names if not self.parents[name]), *self.names]))
+
+    def _plan_all(self) -> None:
+        wanted = dict.fromkeys(self.names)
+        for name, plan in self._planned(wanted).items():
+            self._plans[name, ()] = plan
+        for name in self.names:
+            for loras, _ in groups_of(self.shots, name)[1:]:
+                self._plans[name, loras] = self._planned([name], loras)[name]
+        if self._options.checks == "full":
+            for parent in dict.fromkeys(each for name in self.names for each in self.parents[name]):
+                if (parent, ()) not in self._plans and self._is_whole(parent):
+                    self._plans[parent, ()] = self._planned([parent])[parent]
+
+    def _planned(self, names: Iterable[str], loras: Loras = ()) -> dict[str, Plan]:
+        options = self._options
+        return plan_sampled(
+            self._recipe, list(names), options.plan, vae=options.vae, loras=loras, written=self._written
+        )
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a parent can be asked: a LoRA or a VAE, which are parents as well, cannot."""
+        for plan in self._plans.values():
+            for each in plan.inputs:
+                if each.name == name:
+                    return each.layout.kind == "checkpoint"
+        return False
+
+    # --- one model --------------------------------------------------------------------------------------
+
+    def _sample(self, name: str, probes: Probes | None) -> None:
+        seen = self._seen[name] = _Seen()
+        for loras, shots in groups_of(self.shots, name):
+            plain = not loras
+            if not shots and not (plain and probes):
+                continue
+            networks = self._loaded(name, loras)
+            for shot in shots:
+                self._shoot(name, networks, shot, seen)
+            if plain and probes:
+                self._tell(name, "checks")
+                seen.measured = self._measured(name, networks, probes)
+            del networks
+
+    def _loaded(self, name: str, loras: Loras) -> Networks:
+        self._tell(name, "loading")
+        options = self._options
+        return load_networks(
+            self._plans[name, loras],
+            dtype=options.dtype,
+            device=options.device,
+            threads=options.threads,
+            on_event=self._on_event,
+            cancel=self._cancel,
+        )
+
+    def _shoot(self, name: str, networks: Networks, shot: Shot, seen: _Seen) -> None:
+        output = self._recipe.outputs.get(name)
+        settings = settled(shot, networks, output.sampling if output else None)
+        assert settings.size
+        guidance = encode(
+            networks,
+            shot.positive,
+            shot.negative,
+            settings.steps,
+            clip_skip=settings.clip_skip,
+            embeddings=shot.embeddings,
+        )
+        control = [
+            Control(load_control(each.net, networks), picture_of(each.picture), each.weight, each.start, each.end)
+            for each in shot.control
+        ]
+        nets = [(load_hypernetwork(path), tag.multiplier) for tag, path in shot.hypernets]
+        with applied(networks.unet, nets):
+            for seeds in _batches(settings.seeds, max(1, self._options.batch // 2)):
+                before = self._done
+                latents = denoise(
+                    networks,
+                    guidance,
+                    settings=settings,
+                    seeds=seeds,
+                    size=settings.size,
+                    batch=self._options.batch,
+                    control=control,
+                    on_step=partial(self._stepped, name, before, len(seeds)),
+                    cancel=self._cancel,
+                )
+                self._done = before + len(seeds) * shot.settings.steps
+                for seed, decoded in zip(seeds, decode(networks.vae, latents, tiled=self._options.tiled), strict=True):
+                    picture = Picture(name, settings, seed, decoded.pixels)
+                    seen.pictures.append(picture)
+                    seen.decoded.append(decoded)
+                    self._on_picture(picture)
+
+    def _stepped(self, name: str, before: int, pictures: int, step: int, _steps: int, _latents: Tensor) -> None:
+        self._done = before + step * pictures
+        self._tell(name, "pictures")
+
+    def _tell(self, name: str, stage: str) -> None:
+        self._on_event(Sampling(name, stage, self._done, self.steps, time.monotonic() - self._began))
+
+    # --- checks -----------------------------------------------------------------------------------------
+
+    def _measured(self, name: str, networks: Networks, probes: Probes) -> Measured | None:
+        def encoded(prompt: str) -> Condition:
+            return encode(networks, prompt, "", 1).positive(0)[0][0]
+
+        known = {each: self._seen[each].measured for each in self.parents.get(name, ()) if each in self._seen}
+        return measure(
+            networks, encoded, probes, against={each: found for each, found in known.items() if found is not None}
+        )
+
+    def _judged(self) -> tuple[tuple[Check, ...], tuple[Chart, ...]]:
+        if self._options.checks == "none":
+            return (), ()
+        checks: list[Check] = []
+        charts: list[Chart] = []
+        for name in self.names:
+            own = self._seen[name]
+            parents = [each for each in self.parents[name] if each in self._seen]
+            seen = Seen(
+                nan_latents=any(each.nan_latents for each in own.decoded),
+                nan_decode=any(each.nan_decode for each in own.decoded),
+                in_fp32=any(each.in_fp32 for each in own.decoded),
+                position_ids=self._position_ids(name),
+                mixed_vae=any("VAE" in warning for warning in self._plans[name, ()].warnings),
+            )
+            if own.measured is not None:
+                others = {each: known for each in parents if (known := self._seen[each].measured) is not None}
+                found, drawn = compare(name, own.measured, others, seen)
+                checks += found
+                charts += drawn
+            beside = [picture for each in parents for picture in self._seen[each].pictures]
+            checks += check_pictures(name, own.pictures, beside, mixed_vae=seen.mixed_vae)
+        return tuple(checks), tuple(charts)
+
+    def _position_ids(self, name: str) -> Any:
+        """As the file that is sampled has them; what a run writes is reset, and a step is not written."""
+        source = next((each for each in self._plans[name, ()].inputs if each.name == name), None)
+        if source is None or name in self._recipe.outputs:
+            return None
+        found = position_ids(source.file, source.layout)
+        return found.state if found else None
+
+    def _machine(self) -> dict[str, Any]:
+        return {
+            "device": self._options.device,
+            "dtype": self._options.dtype or "auto",
+            "threads": torch.get_num_threads(),
+            "torch": version("torch"),
+            "diffusers": version("diffusers"),
+            "transformers": version("transformers"),
+            "peak_memory": peak_memory(self._options.device),
+            "seconds": round(time.monotonic() - self._began, 1),
+        }
+
+
+def _batches(seeds: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(seeds), most):
+        yield seeds[start : start + most]
+
+
+@contextlib.contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if wanted:
+            torch.set_num_threads(wanted)
+        yield
+    finally:
+        torch.set_num_threads(before)
