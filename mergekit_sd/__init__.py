@@ -86,10 +86,17 @@ if TYPE_CHECKING:
         sidecars,
         undo_dedupe,
     )
-    from mergekit_sd.pictures import prepare_samples, sample, samples_recipe
+    from mergekit_sd.pictures import (
+        extraction_samples,
+        injection_samples,
+        prepare_samples,
+        sample,
+        samples_recipe,
+        sweep,
+    )
     from mergekit_sd.provenance import recover, verify
     from mergekit_sd.recipe.presets import PRESETS, SD_BLOCKS, find_preset, preset
-    from mergekit_sd.running import run, samples_folder
+    from mergekit_sd.running import draw_beside, run, samples_folder
     from mergekit_sd.sampling.json_report import sampling_as_json
     from mergekit_sd.sampling.output import check_samples_folder, write_samples
     from mergekit_sd.sampling.session import SampleOptions
@@ -174,13 +181,13 @@ _HOMES = {
         "sidecars",
         "undo_dedupe",
     ),
-    "pictures": ("prepare_samples", "sample", "samples_recipe"),
+    "pictures": ("extraction_samples", "injection_samples", "prepare_samples", "sample", "samples_recipe", "sweep"),
     "reference": ("by_purpose", "describe_operation", "find_operation", "parameter_forms"),
     "recipe.presets": ("PRESETS", "SD_BLOCKS", "find_preset", "preset"),
     "recipe.roots": ("add_root", "load_roots", "roots_file"),
     "recipe.schema": ("recipe_json_schema",),
     "provenance": ("recover", "verify"),
-    "running": ("run", "samples_folder"),
+    "running": ("draw_beside", "run", "samples_folder"),
     "sampling.json_report": ("sampling_as_json",),
     "sampling.output": ("check_samples_folder", "write_samples"),
     "sampling.session": ("SampleOptions",),
@@ -245,6 +252,8 @@ __all__ = [
     "dedupe_vaes",
     "describe_operation",
     "diff_files",
+    "draw_beside",
+    "extraction_samples",
     "family_tree",
     "find_by_hash",
     "find_by_name",
@@ -253,6 +262,7 @@ __all__ = [
     "find_preset",
     "find_similar",
     "identify",
+    "injection_samples",
     "inspect_file",
     "known_identity",
     "library_file",
@@ -289,6 +299,7 @@ __all__ = [
     "save_recipe",
     "scan_library",
     "sidecars",
+    "sweep",
     "undo_dedupe",
     "verify",
     "write_samples",

@@ -75,6 +75,15 @@ class Sampling(Event):
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryTold(Event):
+    """About how many bytes the networks will take at most; `free`: what the machine has, None where it is not known."""
+
+    kind: ClassVar[str] = "memory"
+    bytes: int
+    free: int | None
+
+
 Listener = Callable[[Event], None]
 
 

@@ -19,7 +19,7 @@ from mergekit_sd.recipe.load import Recipe
 if TYPE_CHECKING:
     from mergekit_sd.sampling.session import SampleOptions, Session
 
-__all__ = ["run", "samples_folder"]
+__all__ = ["draw_beside", "run", "samples_folder"]
 
 
 def run(
@@ -36,7 +36,8 @@ def run(
     """Make every output of a recipe, write its lock, and draw the pictures that its samples ask for.
 
     `options` are those of `make_outputs`. Where no pictures can be made (diffusers is not installed, a model is
-    of no family that draws), the report's warnings say why, and the outputs stand. Raises as `make_outputs` does.
+    of no family that draws), the report's warnings say why, and the outputs stand. Raises as `make_outputs` does;
+    for a recipe without outputs as `sample` does.
     """
     checked = load(recipe, set)
     if checked.outputs or not checked.samples:
@@ -51,9 +52,31 @@ def run(
     except Cancelled:
         raise
     except MergekitError as error:
+        if not checked.outputs:
+            raise
         warning = f"no pictures: {error.message}" + (f" ({error.hint})" if error.hint else "")
         on_event(Noted(warning))
         return replace(report, warnings=(*report.warnings, warning))
+
+
+def draw_beside(
+    report: RunReport,
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    on_event: Listener = ignore,
+    cancel: CancelToken | None = None,
+) -> RunReport:
+    """The report of a run with one output, and pictures in a folder beside that file, by a recipe of samples.
+
+    Raises OutputExists where the folder is there and not `force`, and as `sample` does; the file stands.
+    """
+    from mergekit_sd.sampling.output import check_samples_folder
+
+    file = report.outputs[0].path
+    folder = file.parent / f"{file.stem}-samples"
+    check_samples_folder(folder, force=force)
+    return replace(report, samples=_drawn(recipe, replace(report, outputs=()), folder, None, on_event, cancel))
 
 
 def samples_folder(recipe: Recipe, output_root: str | Path | None = None) -> Path:

@@ -26,17 +26,17 @@ from training.vae import latents, train_vae
 BASE = Run("base", steps=4500, rate=1e-3, average=0.998)
 PICTURES = 4608
 TUNES = {
-    "outline": Run("outline", steps=600, rate=4e-4, average=0.99),
-    "night": Run("night", steps=500, rate=4e-4, average=0.99),
-    "star": Run("star", steps=900, rate=4e-4, average=0.99),
+    "outline": Run("outline", steps=450, rate=4e-4, average=0.99),
+    "night": Run("night", steps=400, rate=4e-4, average=0.99),
+    "star": Run("star", steps=700, rate=4e-4, average=0.99),
 }
 ADAPTERS = {
-    "stripes": (Lora, Run("stripes", steps=700, rate=2e-3, average=0.99)),
-    "shadow": (Loha, Run("shadow", steps=700, rate=2e-3, average=0.99)),
-    "frame": (Lokr, Run("frame", steps=700, rate=2e-3, average=0.99)),
+    "stripes": (Lora, Run("stripes", steps=450, rate=2e-3, average=0.99)),
+    "shadow": (Loha, Run("shadow", steps=450, rate=2e-3, average=0.99)),
+    "frame": (Lokr, Run("frame", steps=450, rate=2e-3, average=0.99)),
 }
-HYPERNETWORK = Run("pale", steps=700, rate=1e-3, average=0.99)
-INVERSION = Run("mk-violet", steps=300, rate=1e-2, average=0.98)
+HYPERNETWORK = Run("pale", steps=450, rate=1e-3, average=0.99)
+INVERSION = Run("mk-violet", steps=200, rate=1e-2, average=0.98)
 
 
 class Training:

@@ -38,6 +38,10 @@ HELP = {
 }
 
 _PATH = click.Path(path_type=Path)
+_DRAW = click.option(
+    "--draw", metavar="PROMPT", help="Draw with the result and without, four pictures each, into OUTPUT-samples."
+)
+_SEEDS = range(1, 5)
 _LORA = click.argument("file", type=_PATH, metavar="LORA")
 _LORAS = click.argument("loras", nargs=-1, required=True, metavar="LORA[:STRENGTH]…")
 
@@ -75,10 +79,11 @@ def lora_command() -> None:
     metavar="WEIGHTS",
     help="Per block, for all of them: 17, 26, 12 or 20 numbers, or a preset such as OUTALL.",
 )
+@_DRAW
 @one_shot_options(dtype="keep")
 @click.pass_obj
 def inject_command(
-    token: mk.CancelToken, /, model: Path, loras: Sequence[str], blocks: str | None, **options: Any
+    token: mk.CancelToken, /, model: Path, loras: Sequence[str], blocks: str | None, draw: str | None, **options: Any
 ) -> int:
     """Put LoRA files into a checkpoint.
 
@@ -87,16 +92,31 @@ def inject_command(
     """
     more = {} if blocks is None else {"blocks": blocks}
     entries = [{**_entry(text), **more} for text in loras]
-    return carry_out(token, mk.ops.inject_lora(mk.open(model), entries), **options)
+    if draw and blocks:
+        raise UsageError("A prompt takes no --blocks.", key="--draw", hint="leave one of the two out")
+
+    def drawn() -> mk.Recipe:
+        used = {entry["lora"].file.path: _strengths(entry) for entry in entries}
+        return mk.injection_samples(model, options["output"], used, draw or "", _SEEDS)
+
+    node = mk.ops.inject_lora(mk.open(model), entries)
+    return carry_out(token, node, drawn=drawn if draw else None, **options)
+
+
+def _strengths(entry: Mapping[str, Any]) -> tuple[float, float]:
+    """For the text encoder and the UNet."""
+    unet = entry.get("strength", 1.0)
+    return entry.get("text_encoder", unet), unet
 
 
 @lora_command.command("extract")
 @click.argument("tuned", type=_PATH)
 @click.argument("base", type=_PATH)
 @settings_of("extract_lora")
+@_DRAW
 @one_shot_options(dtype="fp16")
 @click.pass_obj
-def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, **options: Any) -> int:
+def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, draw: str | None, **options: Any) -> int:
     """Make a LoRA of what TUNED has learnt over BASE: base with it is nearly tuned."""
     settings = _settings("extract_lora", options)
     node = mk.ops.extract_lora(mk.open(tuned), mk.open(base), **settings)
@@ -108,7 +128,10 @@ def extract_command(token: mk.CancelToken, /, tuned: Path, base: Path, **options
         if settings["rest"] == "drop":
             click.echo("  biases and norms were not taken (--rest keep)")
 
-    return carry_out(token, node, tell=tell, **options)
+    def drawn() -> mk.Recipe:
+        return mk.extraction_samples(tuned, base, options["output"], draw or "", _SEEDS)
+
+    return carry_out(token, node, tell=tell, drawn=drawn if draw else None, **options)
 
 
 @lora_command.command("merge")

@@ -34,6 +34,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Pictures": {
         "sample": ("sample", "Draw with models, or with a merge that was never written."),
+        "sweep": ("sweep", "Draw a recipe with every value that it wants tried."),
     },
     "Surgery": {
         "prune": ("surgery", "Take out junk and the EMA copy."),

@@ -14,7 +14,7 @@ import click
 
 import mergekit_sd as mk
 from mergekit_sd.cli.options import dry_run_option, engine_options, force_option, json_option, together
-from mergekit_sd.cli.show import Talk, print_json, print_made
+from mergekit_sd.cli.show import Talk, print_json, print_made, print_samples
 from mergekit_sd.errors import OutputIsInput, RecipeError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -68,11 +68,13 @@ def carry_out(
     vae: Any = None,
     tell: Callable[[mk.RunReport], None] = print_made,
     keys: Mapping[str, Any] = {},
+    drawn: Callable[[], mk.Recipe] | None = None,
     **options: Any,
 ) -> int:
     """Make the file that `node` says, or tell what it would be; the exit code.
 
-    `keys`: more of the recipe's output. `tell`: prints what was made, for people.
+    `keys`: more of the recipe's output. `tell`: prints what was made, for people. `drawn`: the recipe of the
+    pictures that are drawn once the file is there.
     """
     with _said_by_options():
         recipe = mk.recipe_of(node, output, dtype=dtype, title=title, vae=vae, seed=seed, **keys)
@@ -82,7 +84,12 @@ def carry_out(
             report = mk.run(
                 recipe, anywhere=True, on_event=talk, cancel=token, force=force, metadata=metadata, **options
             )
+    if drawn:
+        with Talk(as_json) as talk:
+            report = mk.draw_beside(report, drawn(), force=force, on_event=talk, cancel=token)
     print_json(report.as_json()) if as_json else tell(report)
+    if report.samples and not as_json and tell is not print_made:
+        print_samples(report.samples)
     return 0
 
 

@@ -154,5 +154,7 @@ def check_command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> in
     for warning in checked.warnings:
         print_warning(warning)
     parts = {"model": len(checked.models), "step": len(checked.steps), "output": len(checked.outputs)}
+    if checked.samples:
+        parts["sample"] = len(checked.samples)
     click.echo(f"{shown(str(recipe))}: sound ({', '.join(count(n, noun) for noun, n in parts.items())})")
     return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,11 @@ import click
 import mergekit_sd as mk
 from mergekit_sd.cli.options import force_option, json_option, parsed_overrides, set_option, together
 from mergekit_sd.cli.show import Talk, print_error, print_json, print_samples, wrong_pictures
-from mergekit_sd.errors import UsageError
+from mergekit_sd.errors import RecipeError, UsageError
 from mergekit_sd.text import shown
 
 machine_options = together(
+    click.option("--vae", type=click.Path(path_type=Path), metavar="FILE", help="A VAE for all models."),
     click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or mps."),
     click.option(
         "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="The fastest on the device unless given."
@@ -26,35 +30,41 @@ machine_options = together(
     click.option(
         "--checks",
         type=click.Choice(["full", "quick", "none"]),
-        default="full",
-        show_default=True,
-        help="full: measure models and parents on probes, too.",
+        help="full: measure models and parents on probes, too. [default: full; quick for a sweep]",
     ),
     click.option("--probes", type=click.Path(path_type=Path), metavar="FILE", help="Probes of your own, a TOML file."),
     click.option("--probe-set", metavar="NAME", help="A set of the probes: general, shapes."),
 )
 
 
+picture_options = together(
+    click.option("-p", "--prompt", help="What to draw, as in the WebUI: (emphasis:1.2), BREAK, <lora:name:0.8>, …"),
+    click.option("-n", "--negative", help="What to keep away from."),
+    click.option("--seeds", metavar="1,2,3", help="One picture for each; 1-8 is a range. [default: 0]"),
+    click.option("--steps", type=click.IntRange(1, 1000), help="[default: the model's own, or 20]"),
+    click.option("--cfg", type=click.FloatRange(0, 100), help="[default: the model's own, or 7]"),
+    click.option(
+        "--sampler", metavar="NAME", help="dpmpp_2m_karras, euler_a, … [default: the model's own, or the first]"
+    ),
+    click.option("--size", metavar="WxH", help="[default: the model's own]"),
+    click.option("--clip-skip", type=click.IntRange(1, 12), metavar="N", help="SD1: 1 is the last layer."),
+    click.option("--cfg-rescale", type=click.FloatRange(0, 1), metavar="PHI", help="For v-prediction: 0.7."),
+    click.option(
+        "--extras",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="PATH",
+        help="Files or folders that prompts name.",
+    ),
+    click.option(
+        "--control", "controls", multiple=True, metavar="NET=PICTURE[:WEIGHT[:START:END]]", help="A ControlNet."
+    ),
+)
+
+
 @click.command("sample")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL…")
-@click.option("-p", "--prompt", help="What to draw, as in the WebUI: (emphasis:1.2), BREAK, <lora:name:0.8>, …")
-@click.option("-n", "--negative", help="What to keep away from.")
-@click.option("--seeds", metavar="1,2,3", help="One picture for each; 1-8 is a range. [default: 0]")
-@click.option("--steps", type=click.IntRange(1, 1000), help="[default: the model's own, or 20]")
-@click.option("--cfg", type=click.FloatRange(0, 100), help="[default: the model's own, or 7]")
-@click.option("--sampler", metavar="NAME", help="dpmpp_2m_karras, euler_a, … [default: the model's own, or the first]")
-@click.option("--size", metavar="WxH", help="[default: the model's own]")
-@click.option("--clip-skip", type=click.IntRange(1, 12), metavar="N", help="SD1: 1 is the last layer.")
-@click.option("--cfg-rescale", type=click.FloatRange(0, 1), metavar="PHI", help="For v-prediction: 0.7.")
-@click.option("--vae", type=click.Path(path_type=Path), metavar="FILE", help="A VAE for all models.")
-@click.option(
-    "--extras",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    metavar="PATH",
-    help="Files or folders that prompts name.",
-)
-@click.option("--control", "controls", multiple=True, metavar="NET=PICTURE[:WEIGHT[:START:END]]", help="A ControlNet.")
+@picture_options
 @click.option("--of", multiple=True, metavar="NAME", help="Of a recipe: these models, steps and outputs only.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="The folder of the pictures.")
 @click.option("--strict", is_flag=True, help="End with code 3 where a check fails.")
@@ -79,12 +89,32 @@ def sample_command(
     DIR gets the pictures, sheet.png, report.html and report.json.
     """
     machine = {name: given.pop(name) for name in MACHINE}
-    recipe = mk.samples_recipe(list(models), of=given.pop("of"), set=parsed_overrides(overrides), **_asked(given))
+    machine["checks"] = machine["checks"] or "full"
+    of, asked = given.pop("of"), asked_of(given)
     folder = output or Path(f"{models[0].stem or 'model'}-samples")
-    mk.check_samples_folder(folder, force=force)
-    with Talk(as_json) as talk:
+    with told_as_options({"of", *(name for name, value in asked.items() if value is not None)}), Talk(as_json) as talk:
+        recipe = mk.samples_recipe(list(models), of=of, set=parsed_overrides(overrides), **asked)
+        mk.check_samples_folder(folder, force=force)
         session = mk.prepare_samples(recipe, options=mk.SampleOptions(**machine), on_event=talk, cancel=token)
         report = session.run()
+    return finish(report, folder, force=force, strict=strict, as_json=as_json)
+
+
+@contextlib.contextmanager
+def told_as_options(asked: Collection[str]) -> Iterator[None]:
+    """A refusal of what the command line asks for names the option, not a line of a recipe that nobody wrote."""
+    try:
+        yield
+    except RecipeError as error:
+        name = re.match(r"samples\.\d+\.(\w+)", error.key or "")
+        if name and name[1] in asked:
+            error.key = f"--{name[1].replace('_', '-')}"
+            error.file = error.line = error.column = None
+        raise
+
+
+def finish(report: mk.SamplingReport, folder: Path, *, force: bool, strict: bool, as_json: bool) -> int:
+    """Write the pictures, say what was made and found; the exit code."""
     mk.write_samples(report, folder, force=force)
     told = {"folder": str(folder), **mk.sampling_as_json(report)}
     problem = wrong_pictures(told["checks"]) if strict else None
@@ -100,7 +130,7 @@ def sample_command(
 MACHINE = ("device", "dtype", "threads", "batch", "tiled", "checks", "probes", "probe_set", "vae")
 
 
-def _asked(given: dict[str, Any]) -> dict[str, Any]:
+def asked_of(given: dict[str, Any]) -> dict[str, Any]:
     """A sample's keys as a recipe has them."""
     asked = {key: value for key, value in given.items() if key not in ("seeds", "size", "extras", "controls")}
     seeds, picture = given["seeds"], given["size"]
@@ -119,7 +149,7 @@ def _seeds(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not _is_whole(first) or (dash and not _is_whole(last)):
             raise UsageError(f'"{shown(text)}" are no seeds.', key="--seeds", hint="write --seeds 1,2,3 or --seeds 1-8")
         end = int(last) if dash else int(first)
         if not 0 <= end - int(first) < MOST_SEEDS:
@@ -128,12 +158,16 @@ def _seeds(text: str) -> list[int]:
     return found
 
 
+def _is_whole(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 20
+
+
 MOST_SEEDS = 1000
 
 
 def _size(text: str) -> list[int]:
     width, _, height = text.lower().partition("x")
-    if not width.isdecimal() or not height.isdecimal():
+    if not _is_whole(width) or not _is_whole(height):
         raise UsageError(f'"{shown(text)}" is no size.', key="--size", hint="write --size 512x768")
     return [int(width), int(height)]
 

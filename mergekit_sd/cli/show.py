@@ -18,7 +18,7 @@ import click
 from mergekit_sd.cli.layout import width
 from mergekit_sd.cli.streams import wanted_color
 from mergekit_sd.errors import ChecksFailed, MergekitError
-from mergekit_sd.events import Event, Noted, OutputFinished, OutputStarted, Progressed, Sampling
+from mergekit_sd.events import Event, MemoryTold, Noted, OutputFinished, OutputStarted, Progressed, Sampling
 from mergekit_sd.text import count, listed, shown, size
 
 if TYPE_CHECKING:
@@ -166,6 +166,15 @@ def made_counts(counts: Mapping[Any, int], dropped: Mapping[str, int]) -> str:
     return made + (f"; dropped: {left_out}" if left_out else "")
 
 
+def _tell_memory(told: MemoryTold) -> None:
+    free = f"; {size(told.free)} are free" if told.free is not None else ""
+    text = f"pictures will take about {size(told.bytes)} of memory{free}"
+    if told.free is not None and told.free < told.bytes:
+        print_warning(f"{text}: give a smaller --size or --batch, or close other programs")
+    else:
+        click.echo(text, err=True)
+
+
 class Talk:
     """Listens to a run: a bar with bytes and time left on a terminal, JSON lines with `--json`."""
 
@@ -189,9 +198,11 @@ class Talk:
             print_warning(event.message)
         elif isinstance(event, OutputStarted):
             self._start_bar(event.output, event.bytes, in_bytes=True)
+        elif isinstance(event, MemoryTold):
+            _tell_memory(event)
         elif isinstance(event, Sampling):
             self._sampled(event)
-        elif isinstance(event, Progressed) and self._bar:
+        elif isinstance(event, Progressed) and self._bar and not self._drawing:  # a model's loading has no bar
             self._bar.update(self._task, completed=event.done)
         elif isinstance(event, OutputFinished):
             self._end_bar()

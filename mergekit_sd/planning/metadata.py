@@ -103,14 +103,14 @@ def _modelspec(plan: Plan, output: PlannedOutput) -> dict[str, str]:
         "architecture": f"{published}/lora" if output.making else published,
         "implementation": IMPLEMENTATION,
         "title": plan.recipe.title or output.name,
-        "resolution": _size(output) or _agreed(plan, output, "modelspec.resolution") or f"{resolution}x{resolution}",
+        "resolution": _size(output) or agreed(plan, output, "modelspec.resolution") or f"{resolution}x{resolution}",
         "merged_from": ", ".join(PureWindowsPath(plan.recipe.models[name].file).name for name in parents),
     }
     if output.prediction:
         fields["prediction_type"] = output.prediction
     if plan.recipe.date:
         fields["date"] = str(plan.recipe.date)
-    if hint := sampling_hint(output.spec.sampling) or _agreed(plan, output, "modelspec.usage_hint"):
+    if hint := sampling_hint(output.spec.sampling) or agreed(plan, output, "modelspec.usage_hint"):
         fields["usage_hint"] = hint
     return {f"modelspec.{name}": value for name, value in fields.items()}
 
@@ -120,10 +120,11 @@ def _size(output: PlannedOutput) -> str | None:
     return f"{size[0]}x{size[1]}" if size else None
 
 
-def _agreed(plan: Plan, output: PlannedOutput, key: str) -> str | None:
-    """What all files say that the UNet is made of: how to sample it does not change by a merge of equals."""
+def agreed(plan: Plan, output: PlannedOutput, key: str) -> str | None:
+    """What all models say that the UNet is made of: a merge of equals, or a LoRA, is sampled as they are."""
     used = {read.input for tensor in output.tensors if tensor.component == "unet" for read in tensor.reads}
-    said = {plan.inputs[number].file.metadata.get(key) for number in used}
+    models = [plan.inputs[number] for number in used]
+    said = {each.file.metadata.get(key) for each in models if each.layout.kind in ("checkpoint", "unet")}
     return said.pop() if len(said) == 1 else None
 
 

@@ -290,6 +290,8 @@ def _output(name: str, entry: OutputEntry) -> OutputSpec:
     dtype = entry.dtype
     by_part = dtype.model_dump(exclude_none=True) if isinstance(dtype, DtypeEntry) else {"default": dtype}
     sampling = entry.sampling.model_dump(exclude_none=True) if entry.sampling else None
+    if sampling and "size" in sampling:
+        sampling["size"] = tuple(sampling["size"])
     return OutputSpec(name, dtype=by_part, sampling=sampling, **entry.model_dump(exclude={"dtype", "sampling"}))
 
 

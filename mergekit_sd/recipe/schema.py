@@ -133,6 +133,14 @@ class RecipeFile(Table):
     samples: list[SampleEntry] = Field(default=[], description="Validation pictures.")
 
 
+def sound_setting(name: str, value: object) -> bool:
+    """Whether an output could declare this for its pictures."""
+    try:
+        return SamplingEntry.model_validate({name: value}).model_dump()[name] is not None
+    except ValidationError:
+        return False
+
+
 @cache
 def step_model(op: str) -> type[Table]:
     """The table of a step of this operation: its operands are names, its parameters weights."""

@@ -40,10 +40,11 @@ class Extras:
             known.setdefault(path.stem, path)
             if name in (path.stem, path.name):
                 return path
-        hint = did_you_mean(name, known) if known else None
+        hint = "name its file or folder: --extras, or extras in the recipe's sample"
+        close = did_you_mean(name, known)
         raise where.error(
             f'There is no {what} "{shown(name)}" among the files that prompts may name.',
-            hint=hint or "name its file or folder: --extras, or extras in the recipe's sample",
+            hint=f"{close} Else {hint}" if close and close.endswith("?") else hint,
         )
 
     def _candidates(self) -> Iterator[Path]:

@@ -75,11 +75,28 @@ def load_hypernetwork(path: str | Path) -> Hypernetwork:
     if not widths or missing:
         message = f"The hypernetwork lacks {listed(missing)}." if missing else "This is no hypernetwork."
         raise WrongFormat(message, file=model.path, hint="take another file")
+    for (width, _), net in found.items():
+        _check_fits(net, width, model.path)
     nets = {
         width: (_layers(found[width, 0], said.activates_output), _layers(found[width, 1], said.activates_output))
         for width in widths
     }
     return Hypernetwork(Path(path).stem, nets, _activation(said.activation, model.path))
+
+
+def _check_fits(net: Mapping[int, Mapping[str, Tensor]], width: int, file: Path) -> None:
+    """Each layer must take what the one before it gives, the first and the last the width itself."""
+    given = width
+    for number, layer in sorted(net.items()):
+        shape = tuple(layer["weight"].shape) if "weight" in layer else ()
+        fits = len(shape) in (1, 2) and shape[-1] == given
+        given = shape[0] if fits else given
+        if not fits or ("bias" in layer and tuple(layer["bias"].shape) != (given,)):
+            message = f"Layer {number} of the hypernetwork's net for the width {width} has shapes that do not fit."
+            raise WrongFormat(message, file=file, hint="take another file")
+    if given != width:
+        message = f"The hypernetwork's net for the width {width} gives {given}."
+        raise WrongFormat(message, file=file, hint="take another file")
 
 
 def _layers(found: Mapping[int, Mapping[str, Tensor]], activates_output: bool) -> list[Layer]:
@@ -94,11 +111,16 @@ def _activation(name: str | None, file: Path) -> Callable[[Tensor], Tensor]:
     if name in (None, "", "None"):
         name = "linear"
     kinds = {kind.lower(): kind for kind in vars(torch.nn.modules.activation)["__all__"]} | {"identity": "Identity"}
-    kind = kinds.get(_OWN.get(str(name), str(name)).lower())
-    if kind is None:
-        raise WrongFormat(f'The hypernetwork\'s activation "{shown(str(name))}" is not known.', file=file)
-    made: Callable[[Tensor], Tensor] = getattr(torch.nn, kind)()
-    return made
+    try:
+        made = getattr(torch.nn, kinds[_OWN.get(str(name), str(name)).lower()])().eval()
+        usable = made(torch.zeros(1, 2)).shape == (1, 2)
+    except (KeyError, TypeError, RuntimeError):  # unknown, or one that needs numbers that no file says
+        usable = False
+    if not usable:
+        message = f'The hypernetwork\'s activation "{shown(str(name))}" is not known.'
+        raise WrongFormat(message, file=file, hint="take another file")
+    found: Callable[[Tensor], Tensor] = made
+    return found
 
 
 @contextlib.contextmanager

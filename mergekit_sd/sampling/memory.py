@@ -42,7 +42,7 @@ class MemoryNeed:
 def memory_need(planned: FolderPlan, dtype: str, size: tuple[int, int], batch: int = 1) -> MemoryNeed:
     """What pictures of `size` (width, height) will take, `batch` at a time; each is guided, so the UNet sees it twice.
 
-    `dtype`: what is sampled in, as for `load_networks`. Within a third of what was measured.
+    `dtype`: what is sampled in, as for `load_networks`. Within 40 % of what was measured.
     """
     dtypes = {name: _dtype(name, dtype) for name in planned.outputs}
     weights = {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergekit_sd.errors import MissingTensors, ShapeMismatch
+from mergekit_sd.errors import MissingTensors, ShapeMismatch, WrongFormat
 from mergekit_sd.events import CancelToken, Listener, Noted, ignore
 from mergekit_sd.execute.in_memory import InMemory
 from mergekit_sd.formats.diffusers.configs import Config
@@ -18,7 +18,7 @@ from mergekit_sd.operations.types import Tensor
 from mergekit_sd.planning.diffusers import FolderPlan
 from mergekit_sd.planning.surgery import WORDS
 from mergekit_sd.planning.values import Plan
-from mergekit_sd.sampling.declared import declared_size, usage_hint
+from mergekit_sd.sampling.declared import picture_size, usage_hint
 from mergekit_sd.sampling.packages import need_packages, quiet
 from mergekit_sd.sampling.tensors import as_torch, check_numbers, compute, default_dtype, plan_networks
 from mergekit_sd.text import count, listed
@@ -85,13 +85,12 @@ def load_networks(
 def build_networks(planned: FolderPlan, made: Mapping[str, InMemory], *, dtype: str, device: str = "cpu") -> Networks:
     """Networks that hold a plan's tensors themselves, no copies. `dtype`, `device`: what they were made in.
 
-    Raises MissingTensors or ShapeMismatch where they do not fit the networks.
+    Raises MissingTensors, ShapeMismatch or WrongFormat where they do not fit the networks.
     """
     plan, output = planned.plan, planned.plan.outputs[0]
     architecture = output.layout.architecture
     assert architecture is not None
     prediction: Literal["epsilon", "v"] = "v" if output.prediction == "v" else "epsilon"
-    published = architecture.published_as(prediction)[1]
     modules = {
         component: _module(component, planned.files[f"{component}/config.json"], each.tensors, output.spec.model)
         for component, each in made.items()
@@ -104,7 +103,7 @@ def build_networks(planned: FolderPlan, made: Mapping[str, InMemory], *, dtype: 
         unet=modules["unet"],
         vae=modules["vae"],
         text_encoders=tuple(modules[name] for name in modules if name.startswith("text_encoder")),
-        size=declared_size(plan) or (published, published),
+        size=picture_size(plan),
         device=torch.device(device),
         dtype=as_torch(dtype),
         nonfinite={f"{part}.{name}": n for part, each in made.items() for name, n in each.nonfinite.items()},
@@ -114,8 +113,12 @@ def build_networks(planned: FolderPlan, made: Mapping[str, InMemory], *, dtype: 
 
 def _module(component: str, config: Config, tensors: Mapping[str, Tensor], model: str) -> Any:
     """A component's module around its tensors."""
-    with quiet(), torch.device("meta"):
-        module = _empty(component, config)
+    try:
+        with quiet(), torch.device("meta"):
+            module = _empty(component, config)
+    except ValueError as error:  # channels that no norm's groups divide, a width that no heads divide
+        message = f'No {WORDS[component]} can be built of the widths that "{model}" has: {error}.'
+        raise WrongFormat(message, hint="only models of SD1, SD2 and SDXL can be sampled") from error
     wanted: Mapping[str, Tensor] = module.state_dict()
     found = {name: tensors[name if name in tensors else _LEVEL + name] for name in wanted if _has(tensors, name)}
     _check_fits(component, wanted, found, model)

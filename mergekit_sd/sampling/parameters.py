@@ -68,6 +68,11 @@ def read_parameters(text: str) -> dict[str, str]:
     return {"Prompt": prompt, "Negative prompt": negative} | {name: _unquoted(value) for name, value in found}
 
 
+def read_settings(line: str) -> dict[str, str]:
+    """A line of settings, however few, each under its own name: a usage hint in the words of such a text."""
+    return {name: _unquoted(value) for name, value in _PARAMETER.findall(line)}
+
+
 def _quoted(value: str) -> str:
     """The WebUI quotes a value with a comma, a newline or a colon; other values that it would misread, too."""
     if value == value.strip() and not value.startswith('"') and not any(c in value for c in ",\n:"):

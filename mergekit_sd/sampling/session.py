@@ -9,18 +9,20 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from mergekit_sd.events import CancelToken, Listener, Sampling
+from mergekit_sd.errors import InputError
+from mergekit_sd.events import CancelToken, Listener, MemoryTold, Sampling
 from mergekit_sd.inspection.position_ids import position_ids
 from mergekit_sd.lazy import torch
+from mergekit_sd.machine import available_memory
 from mergekit_sd.planning.build import PlanOptions
 from mergekit_sd.planning.samples import plan_sampled
 from mergekit_sd.planning.values import Plan
-from mergekit_sd.recipe.graph import reachable
+from mergekit_sd.recipe.graph import reachable, spaces
 from mergekit_sd.recipe.load import Recipe
 from mergekit_sd.recipe.loras import LoraUse
 from mergekit_sd.sampling.checks.measuring import Measured, measure
@@ -29,16 +31,18 @@ from mergekit_sd.sampling.checks.probes import Probes, load_probes
 from mergekit_sd.sampling.checks.run import compare
 from mergekit_sd.sampling.checks.soundness import Seen
 from mergekit_sd.sampling.control import Control, load_control
+from mergekit_sd.sampling.declared import picture_size, usage_hint
 from mergekit_sd.sampling.decoding import Decoded, decode
 from mergekit_sd.sampling.denoise import denoise
-from mergekit_sd.sampling.hypernetworks import applied, load_hypernetwork
-from mergekit_sd.sampling.memory import peak_memory
+from mergekit_sd.sampling.hypernetworks import applied
+from mergekit_sd.sampling.memory import memory_need, peak_memory
 from mergekit_sd.sampling.networks import load_networks
 from mergekit_sd.sampling.packages import quiet
 from mergekit_sd.sampling.prompts import encode
-from mergekit_sd.sampling.shots import Shot, groups_of, picture_of, settled, shots_of
-from mergekit_sd.sampling.values import Chart, Check, Picture, SamplingReport
-from mergekit_sd.text import listed
+from mergekit_sd.sampling.shots import Shot, groups_of, hinted, settled, shots_of
+from mergekit_sd.sampling.tensors import default_dtype, plan_networks
+from mergekit_sd.sampling.values import Chart, Check, Picture, SamplingReport, Settings
+from mergekit_sd.text import listed, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +105,7 @@ class Session:
         self._written = written  # outputs that are files already
         self._began = time.monotonic()
         self._done = 0
+        self._notes: list[str] = []
         self._seen: dict[str, _Seen] = {}
         self.shots = shots_of(recipe)
         self.names = tuple(dict.fromkeys(name for shot in self.shots for name in shot.of))
@@ -108,10 +113,12 @@ class Session:
         self._plans: dict[tuple[str, Loras], Plan] = {}
         self._plan_all()
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Steps of all pictures together."""
-        return sum(len(shot.of) * len(shot.settings.seeds) * shot.settings.steps for shot in self.shots)
+        return sum(
+            len(shot.settings.seeds) * self._settled(shot, name).steps for shot in self.shots for name in shot.of
+        )
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -122,6 +129,7 @@ class Session:
         """All of it."""
         probes = load_probes(self._options.probes, self._options.probe_set) if self._options.checks == "full" else None
         with quiet(), _threads(self._options.threads):
+            self._tell_memory()
             for name in self._order():
                 self._sample(name, probes)
         checks, charts = self._judged()
@@ -134,7 +142,7 @@ class Session:
             pictures=tuple(picture for name in self.names for picture in self._seen[name].pictures),
             checks=checks,
             charts=charts,
-            notes=(),
+            notes=tuple(self._notes),
             machine=self._machine(),
         )
 
@@ -162,8 +170,8 @@ class Session:
                 self._plans[name, loras] = self._planned([name], loras)[name]
         if self._options.checks == "full":
             for parent in dict.fromkeys(each for name in self.names for each in self.parents[name]):
-                if (parent, ()) not in self._plans and self._is_whole(parent):
-                    self._plans[parent, ()] = self._planned([parent])[parent]
+                if (parent, ()) not in self._plans and (whole := self._whole(parent)):
+                    self._plans[parent, ()] = whole
 
     def _planned(self, names: Iterable[str], loras: Loras = ()) -> dict[str, Plan]:
         options = self._options
@@ -171,13 +179,25 @@ class Session:
             self._recipe, list(names), options.plan, vae=options.vae, loras=loras, written=self._written
         )
 
-    def _is_whole(self, name: str) -> bool:
-        """Whether a parent can be asked: a LoRA or a VAE, which are parents as well, cannot."""
-        for plan in self._plans.values():
-            for each in plan.inputs:
-                if each.name == name:
-                    return each.layout.kind == "checkpoint"
-        return False
+    def _whole(self, parent: str) -> Plan | None:
+        """The plan of a parent that can be asked; a LoRA and a VAE, which are parents as well, cannot."""
+        if spaces(self._recipe)[parent] != "weight":
+            return None
+        plan = self._planned([parent])[parent]
+        if plan.inputs[0].layout.kind != "checkpoint":
+            return None
+        try:
+            plan_networks(plan)
+        except InputError as error:
+            self._notes.append(f"nothing is compared with the parent {shown(parent)}: {error.message}")
+            return None
+        return plan
+
+    def _settled(self, shot: Shot, name: str) -> Settings:
+        """What the sample leaves open is as the output declares, or as the files say that the model is made of."""
+        plan, output = self._plans[name, ()], self._recipe.outputs.get(name)
+        declared = output.sampling if output else None
+        return settled(shot, hinted(usage_hint(plan)) if declared is None else declared, picture_size(plan))
 
     # --- one model --------------------------------------------------------------------------------------
 
@@ -208,8 +228,7 @@ class Session:
         )
 
     def _shoot(self, name: str, networks: Networks, shot: Shot, seen: _Seen) -> None:
-        output = self._recipe.outputs.get(name)
-        settings = settled(shot, networks, output.sampling if output else None)
+        settings = self._settled(shot, name)
         assert settings.size
         guidance = encode(
             networks,
@@ -220,11 +239,10 @@ class Session:
             embeddings=shot.embeddings,
         )
         control = [
-            Control(load_control(each.net, networks), picture_of(each.picture), each.weight, each.start, each.end)
+            Control(load_control(each.net, networks), each.picture, each.weight, each.start, each.end)
             for each in shot.control
         ]
-        nets = [(load_hypernetwork(path), tag.multiplier) for tag, path in shot.hypernets]
-        with applied(networks.unet, nets):
+        with applied(networks.unet, shot.hypernets):
             for seeds in _batches(settings.seeds, max(1, self._options.batch // 2)):
                 before = self._done
                 latents = denoise(
@@ -238,7 +256,7 @@ class Session:
                     on_step=partial(self._stepped, name, before, len(seeds)),
                     cancel=self._cancel,
                 )
-                self._done = before + len(seeds) * shot.settings.steps
+                self._done = before + len(seeds) * settings.steps
                 for seed, decoded in zip(seeds, decode(networks.vae, latents, tiled=self._options.tiled), strict=True):
                     picture = Picture(name, settings, seed, decoded.pixels)
                     seen.pictures.append(picture)
@@ -251,6 +269,21 @@ class Session:
 
     def _tell(self, name: str, stage: str) -> None:
         self._on_event(Sampling(name, stage, self._done, self.steps, time.monotonic() - self._began))
+
+    def _tell_memory(self) -> None:
+        """What the largest model will take, before any is loaded."""
+        rows = max(1, self._options.batch // 2)
+        needs = []
+        for (name, _), plan in self._plans.items():
+            planned = plan_networks(plan)
+            dtype = self._options.dtype or default_dtype(planned, self._options.device)
+            for shot in self.shots:
+                if name in shot.of:
+                    size = self._settled(shot, name).size or picture_size(plan)
+                    needs.append(memory_need(planned, dtype, size, min(rows, len(shot.settings.seeds))))
+        peak = max((need.peak for need in needs), default=0)
+        free = available_memory()
+        self._on_event(MemoryTold(peak, free[0] if free else None))
 
     # --- checks -----------------------------------------------------------------------------------------
 
@@ -276,7 +309,7 @@ class Session:
                 nan_decode=any(each.nan_decode for each in own.decoded),
                 in_fp32=any(each.in_fp32 for each in own.decoded),
                 position_ids=self._position_ids(name),
-                mixed_vae=any("VAE" in warning for warning in self._plans[name, ()].warnings),
+                mixed_vae=self._mixes_vaes(name),
             )
             if own.measured is not None:
                 others = {each: known for each in parents if (known := self._seen[each].measured) is not None}
@@ -286,6 +319,11 @@ class Session:
             beside = [picture for each in parents for picture in self._seen[each].pictures]
             checks += check_pictures(name, own.pictures, beside, mixed_vae=seen.mixed_vae)
         return tuple(checks), tuple(charts)
+
+    def _mixes_vaes(self, name: str) -> bool:
+        """Whether the plan warns of it, of a step that this model is made by."""
+        steps = [each for each in reachable(self._recipe, [name]).steps if self.parents[name]]
+        return any(f'step "{step}" mixes' in each for each in self._plans[name, ()].warnings for step in steps)
 
     def _position_ids(self, name: str) -> Any:
         """As the file that is sampled has them; what a run writes is reset, and a step is not written."""

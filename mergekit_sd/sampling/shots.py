@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_sd.errors import MissingInput, UnreadableInput
 from mergekit_sd.recipe.load import Recipe, Sample
@@ -16,27 +16,26 @@ from mergekit_sd.recipe.loras import LoraUse
 from mergekit_sd.recipe.positions import Where
 from mergekit_sd.recipe.roots import input_path, load_roots
 from mergekit_sd.recipe.samplers import SAMPLERS
+from mergekit_sd.recipe.schema import sound_setting
 from mergekit_sd.sampling.extras import Extras
-from mergekit_sd.sampling.parameters import read_parameters
-from mergekit_sd.sampling.prompts import HypernetTag, take_tags
+from mergekit_sd.sampling.hypernetworks import Hypernetwork, load_hypernetwork
+from mergekit_sd.sampling.parameters import read_settings
+from mergekit_sd.sampling.prompts import take_tags
 from mergekit_sd.sampling.values import Pixels, Settings
 
-if TYPE_CHECKING:
-    from mergekit_sd.sampling.networks import Networks
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Steering:
-    """A ControlNet's file, the picture it is shown, how much it counts and when."""
+    """A ControlNet's file, the picture that it is shown, how much it counts and when."""
 
     net: Path
-    picture: Path
+    picture: Pixels
     weight: float
     start: float
     end: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shot:
     """One sample of a recipe: what is made of each of its models.
 
@@ -49,7 +48,7 @@ class Shot:
     positive: str
     negative: str
     loras: tuple[tuple[LoraUse, Path | None], ...]
-    hypernets: tuple[tuple[HypernetTag, Path], ...]
+    hypernets: tuple[tuple[Hypernetwork, float], ...]
     embeddings: Mapping[str, Path]
     control: tuple[Steering, ...]
     own: frozenset[str]
@@ -96,10 +95,15 @@ def _shot(recipe: Recipe, sample: Sample, extras: Extras, located: Any, number: 
         positive=positive.text,
         negative=negative.text,
         loras=tuple((use, _lora(recipe, use, extras, where)) for use in positive.loras),
-        hypernets=tuple((tag, extras.find(tag.name, "hypernetwork", where)) for tag in positive.hypernets),
+        hypernets=tuple(
+            (load_hypernetwork(extras.find(tag.name, "hypernetwork", where)), tag.multiplier)
+            for tag in positive.hypernets
+        ),
         embeddings=extras.embeddings(),
         control=tuple(
-            Steering(_there(located(each.net)), _there(located(each.picture)), each.weight, each.start, each.end)
+            Steering(
+                _there(located(each.net)), picture_of(_there(located(each.picture))), each.weight, each.start, each.end
+            )
             for each in sample.control
         ),
         own=frozenset(name for name in _SETTINGS if name not in sample.given),
@@ -116,42 +120,38 @@ def _there(path: Path) -> Path:
     return path
 
 
-def settled(shot: Shot, networks: Networks, declared: Mapping[str, Any] | None = None) -> Settings:
-    """The shot's settings for a model: what the sample leaves open is as the output declares, or the file's hint says.
+def settled(shot: Shot, said: Mapping[str, Any], size: tuple[int, int]) -> Settings:
+    """The shot's settings for a model: what the sample leaves open is as `said` of the model, else a sample's default.
 
-    A size that nobody says is the model's own.
+    `size`: the model's own, where nobody says one.
     """
-    said = declared if declared is not None else hinted(networks.hint)
-    taken = {name: value for name, value in said.items() if name in shot.own}
-    settings = replace(shot.settings, **taken)
-    return settings if settings.size else replace(settings, size=networks.size)
+    settings = replace(shot.settings, **{name: value for name, value in said.items() if name in shot.own})
+    return settings if settings.size else replace(settings, size=size)
 
 
 def hinted(hint: str | None) -> dict[str, Any]:
-    """The settings that a usage hint in the words of the WebUI's infotext says; nothing of any other text."""
-    said = read_parameters(hint) if hint else {}
+    """The settings that a usage hint in the words of the WebUI's infotext says; nothing of any other text.
+
+    What a recipe could not ask for is passed over: a file's words refuse nothing.
+    """
+    said = read_settings(hint) if hint else {}
     labels = {sampler.label: name for name, sampler in SAMPLERS.items()}
-    width, _, height = said.get("Size", "").partition("x")
     found = {
-        "steps": _whole(said.get("Steps")),
+        "steps": _number(said.get("Steps")),
         "cfg": _number(said.get("CFG scale")),
         "sampler": labels.get(said.get("Sampler", "")),
-        "size": (int(width), int(height)) if _whole(width) and _whole(height) else None,
-        "clip_skip": _whole(said.get("Clip skip")),
+        "size": [_number(side) for side in said.get("Size", "").split("x")],
+        "clip_skip": _number(said.get("Clip skip")),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    sound = {name: value for name, value in found.items() if sound_setting(name, value)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in sound.items()}
 
 
-def _whole(text: str | None) -> int | None:
-    return int(text) if text and text.isdecimal() and 0 < int(text[:6]) <= 4096 else None
-
-
-def _number(text: str | None) -> float | None:
+def _number(text: str | None) -> int | float | None:
     try:
-        value = float(text or "")
+        return int(text or "") if (text or "").isdecimal() else float(text or "")
     except ValueError:
         return None
-    return value if 0 <= value <= 100 else None
 
 
 def picture_of(path: Path) -> Pixels:

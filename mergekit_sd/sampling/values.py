@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -95,3 +95,25 @@ class SamplingReport:
     notes: tuple[str, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Versions, threads, dtype, device, peak memory in bytes, seconds: what it takes to repeat it."""
+
+
+def joined(reports: Sequence[SamplingReport]) -> SamplingReport:
+    """Several reports as one, under the first one's title; what was measured of the machine is the most, or the sum."""
+    machine = dict(reports[0].machine)
+    machine["seconds"] = round(sum(each.machine.get("seconds", 0.0) for each in reports), 1)
+    machine["peak_memory"] = max((each.machine.get("peak_memory") or 0 for each in reports), default=0) or None
+
+    def every(part: str) -> Any:
+        return tuple(dict.fromkeys(each for report in reports for each in getattr(report, part)))
+
+    return SamplingReport(
+        title=reports[0].title,
+        recipe=reports[0].recipe,
+        models=every("models"),
+        parents=every("parents"),
+        pictures=tuple(picture for report in reports for picture in report.pictures),
+        checks=tuple(check for report in reports for check in report.checks),
+        charts=tuple(chart for report in reports for chart in report.charts),
+        notes=every("notes"),
+        machine=machine,
+    )
