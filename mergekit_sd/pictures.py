@@ -5,7 +5,6 @@ Owns how such a question becomes a recipe with samples. The room `sampling` does
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +115,8 @@ def sweep(
 
     The report's notes tell how each variant is run. Raises as `sample` does.
     """
+    import shlex  # here: a run needs it not
+
     entry = {key: value for key, value in asked.items() if value is not None}
     variants = read_sweep(path, set)
     recipes = [_asked_of(each.recipe, (), entry) for each in variants]
