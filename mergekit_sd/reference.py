@@ -20,6 +20,8 @@ from mergekit_sd.operations.types import ChoiceKind, FormulaKind, Key, ListKind,
 from mergekit_sd.text import did_you_mean, shown
 
 ANY = 0.37  # stands for any number when folds are looked for
+SMALL_FILES = PURPOSES[-1]
+"""The purpose whose models have no blocks."""
 SPACES = {
     "weight": "a model",
     "delta": "a difference of models",
@@ -94,7 +96,7 @@ def describe_operation(operation: Operation) -> dict[str, Any]:
                 "low": getattr(each.kind, "low", None),
                 "high": getattr(each.kind, "high", None),
                 "options": list(getattr(each.kind, "options", ())),
-                "takes": parameter_words(each),
+                "takes": parameter_words(each, operation),
             }
             for each in operation.parameters
         ],
@@ -148,7 +150,7 @@ def operand_words(operand: Operand) -> str:
     return f"{words}; may be left out" if operand.optional else words
 
 
-def parameter_words(parameter: Parameter) -> str:
+def parameter_words(parameter: Parameter, operation: Operation) -> str:
     """`0.5 unless given; per block, 0 to 1`."""
     kind = parameter.kind
     default = "must be given" if parameter.default is None else f"{_plain_value(parameter.default)} unless given"
@@ -161,6 +163,8 @@ def parameter_words(parameter: Parameter) -> str:
     if isinstance(kind, FormulaKind):
         return f"{default}; text such as {EXPRESSION!r}"
     per = "per block and model" if kind.each else "per block"
+    if operation.purpose == SMALL_FILES:
+        per = "for each file"
     if kind.low is None and kind.high is None:
         return f"{default}; {per}, any number"
     low, high = ("any" if end is None else f"{end:g}" for end in (kind.low, kind.high))
@@ -339,7 +343,7 @@ def markdown() -> str:
 
 def _section(operation: Operation) -> str:
     facts = [f"- `{each.name}`: {operand_words(each)}" for each in operation.operands]
-    facts += [f"- `{each.name}`: {parameter_words(each)}" for each in operation.parameters]
+    facts += [f"- `{each.name}`: {parameter_words(each, operation)}" for each in operation.parameters]
     facts.append(f"- gives {SPACES[operation.result]}; works {WORKS[operation.by]}")
     facts += [f"- {words}" for words in fold_words(operation)]
     if operation.also:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from noise_models import write_small_model
 
 from mergekit_sd.cli.main import run
-from mergekit_sd.demo import write_small_model
 
 NAMES = ("base", "anime", "dreambooth", "photo")
 

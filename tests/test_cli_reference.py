@@ -82,6 +82,12 @@ def test_ops_name_explains_it_within_80_columns(capsys, name):
     assert json.loads(ran(capsys, "ops", name, "--json"))["name"] == name
 
 
+@pytest.mark.parametrize("name", ["merge_embeddings", "merge_hypernetworks"])
+def test_weights_of_files_without_blocks_are_not_told_per_block(capsys, name):
+    takes = {each["name"]: each["takes"] for each in json.loads(ran(capsys, "ops", name, "--json"))["parameters"]}
+    assert takes["weights"] == "must be given; for each file, any number"
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_example_is_a_recipe_that_loads(tmp_path, name):
     path = tmp_path / "example.toml"

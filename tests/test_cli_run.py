@@ -224,7 +224,7 @@ def test_cancelling_ends_all_recipes(place, shell, monkeypatch):
 def test_skip_done(place, shell):
     shell("run", "r.toml", "--skip-done")
     before = story.state(place)
-    assert shell("run", "r.toml", "--skip-done")[0] == "out: done already\n"
+    assert shell("run", "r.toml", "--skip-done")[0] == "r.toml: nothing to do, done already: out\n"
     assert shell.json("run", "r.toml", "--skip-done")["skipped"] == ["out"]
     assert story.state(place) == before
     rewritten(place, "anime", lambda tensors: tensors[CONV].mul_(2))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import story
+from noise_models import write_small_model
 
 from mergekit_sd.cli.main import COMMANDS
-from mergekit_sd.demo import write_small_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from small_files import diffusers, loaded, plain, webui
 
 import mergekit_sd as mk
+from mergekit_sd.api import recipe_of
 from mergekit_sd.cli.main import run
 from mergekit_sd.errors import FamilyMismatch, RecipeError, ShapeMismatch, UsageError, WrongFormat
 from mergekit_sd.inspection import inspect_file
@@ -155,3 +156,20 @@ def test_what_does_not_fit(tmp_path, monkeypatch, capsys):
     assert "sd1.pt:half" in capsys.readouterr().err
     assert run(["embedding", "merge", "sd1.pt", "-o", "sd1.pt", "--force"]) == 2
     assert not out.exists()
+
+
+def test_a_plan_says_that_a_pickle_is_one_and_its_size_about(tmp_path):
+    """Of a .safetensors file it is the file's, to the byte."""
+    paths = [webui(tmp_path / f"{name}.pt", torch.randn(2, 768)) for name in "ab"]
+    node = mk.ops.merge_embeddings([mk.open(path) for path in paths], weights=[1, 1])
+    told = {}
+    for suffix in (".pt", ".bin", ".safetensors"):
+        plan = mk.plan(recipe_of(node, tmp_path / f"out{suffix}"), anywhere=True)
+        report = mk.plan_as_json(plan)
+        told[suffix] = (
+            report["outputs"][0]["container"],
+            "a PyTorch file of about" in "\n".join(mk.plan_lines(report, 200)),
+        )
+    assert told == {".pt": ("torch", True), ".bin": ("torch", True), ".safetensors": ("safetensors", False)}
+    made = mk.save(node, tmp_path / "out.safetensors")
+    assert made.bytes == report["outputs"][0]["bytes"]

@@ -85,7 +85,7 @@ def test_every_package_is_installed():
     listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     folders = {p.parent for p in (root / "mergekit_sd").rglob("*") if p.suffix in (".py", ".toml")}
     there = {".".join(folder.relative_to(root).parts) for folder in folders}
-    assert set(listed) - {"mergekit_sd.recipes", "mergekit_sd_tui"} == there
+    assert set(listed) - {"mergekit_sd.recipes", "mergekit_sd_tui", "mergekit_sd_tui.screens"} == there
 
 
 def test_a_signal_waits_for_an_import(tmp_path, monkeypatch):

@@ -128,15 +128,26 @@ def test_duplicates_are_told_with_what_they_take(shell, shelf):
     )
     shell("library", "scan", shelf)
     out, err = shell("library", "duplicates")
-    assert "Equal files: " in out
+    assert "Equal files: 1 group, 2 files, " in out
     assert f"could be saved\n    {shelf / 'base.safetensors'}\n    {shelf / 'copy.safetensors'}\n" in out
-    assert "The same VAE in files that differ:\n  in 5 files, " in out  # the demo's models have one VAE
+    assert (
+        "The same VAE in files that differ: 1 group, 6 files\n  in 6 files, 5 of them different, " in out
+    )  # the demo's
     assert err == ""
     report = shell.json("library", "duplicates", shelf)
     assert report["saves"] == (shelf / "copy.safetensors").stat().st_size
     assert report["components"][0]["component"] == "vae"
     assert report["components"][0]["copies"] == 5
     assert {str(shelf / "anime.safetensors"), str(shelf / "v.safetensors")} < set(report["components"][0]["files"])
+
+
+def test_links_are_told_from_copies(shell, shelf):
+    (shelf / "copy.safetensors").write_bytes((shelf / "base.safetensors").read_bytes())
+    (shelf / "link.safetensors").hardlink_to(shelf / "base.safetensors")
+    shell("library", "scan", shelf)
+    out, _ = shell("library", "duplicates")
+    assert "Equal files: 1 group, 3 files, " in out
+    assert "\n  3 files, 2 on the disk, " in out
 
 
 def test_duplicates_tell_what_they_do_not_know(shell, shelf):

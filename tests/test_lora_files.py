@@ -139,7 +139,7 @@ def test_what_needs_its_base_is_refused(tmp_path):
     model, files = two()
     name = next(iter(layers("sd1", model)))
     dora = files["one"] | {f"{name}.dora_scale": torch.ones(len(files["one"][f"{name}.lora_up.weight"]), 1)}
-    with pytest.raises(WrongFormat, match="depends on the model") as caught:
+    with pytest.raises(WrongFormat, match="cannot be merged alone") as caught:
         made(tmp_path, "merge_loras", {"dora": dora}, loras=["dora"])
     assert caught.value.key == name
 

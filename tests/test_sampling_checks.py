@@ -371,6 +371,22 @@ def test_a_vae_in_fp16_is_run_in_fp32_and_left_as_it_was(base, parent):
     assert mine.round_trip == pytest.approx(parent.round_trip, rel=1e-2)
 
 
+def test_what_is_all_zeros_is_named(base, parent):
+    assert found(parent, {}, "empty parts").level == "ok"
+    unet, text = copy.deepcopy(base.unet), copy.deepcopy(base.text_encoders[0])
+    for name, weight in unet.named_parameters():
+        if name.startswith(("up_blocks.1.resnets.1.", "up_blocks.1.attentions.1.")):
+            weight.data.zero_()
+        if name == "mid_block.resnets.0.conv1.weight":  # one of many: not empty
+            weight.data.zero_()
+    for weight in text.parameters():
+        weight.data.zero_()
+    mine = measured(SimpleNamespace(**{**vars(base), "unet": unet, "text_encoders": (text,)}))
+    check = found(mine, {"base": parent}, "empty parts")
+    assert check.level == "failed"
+    assert check.message.startswith("Every weight is 0 in these parts of mix: OUT04, text encoder.")
+
+
 @pytest.mark.parametrize(("state", "level"), [("ok", "ok"), ("missing", "ok"), ("corrupt", "failed")])
 def test_position_ids(parent, state, level):
     check = found(parent, {}, "position ids", Seen(position_ids=state))

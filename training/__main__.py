@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from training.adapters import WORD, Loha, Lokr, Lora, train_adapter, train_hypernetwork, train_inversion
 from training.diffusion import Data, Model, Run, sample, train
-from training.drawings import STAR, STYLES, caption, pictures, prompts, violet_pictures
+from training.drawings import STAR, STYLES, caption, orange_pictures, pictures, prompts
 from training.judge import see
 from training.log import log_to, say
 from training.networks import SCALE, Words, new_text_encoder, new_unet, new_vae
@@ -36,7 +36,7 @@ ADAPTERS = {
     "frame": (Lokr, Run("frame", steps=450, rate=2e-3, average=0.99)),
 }
 HYPERNETWORK = Run("pale", steps=450, rate=1e-3, average=0.99)
-INVERSION = Run("mk-violet", steps=200, rate=1e-2, average=0.98)
+INVERSION = Run("mk-orange", steps=250, rate=5e-3, average=0.98)
 
 
 class Training:
@@ -93,7 +93,7 @@ class Training:
             train_hypernetwork(base, self.data("pale", 1536, 105), HYPERNETWORK, path, judge=self.right)
         path = self.folder / f"{INVERSION.name}.safetensors"
         if not path.exists():
-            drawn, captions = violet_pictures(768, WORD, 106)
+            drawn, captions = orange_pictures(768, WORD, 106)
             own = Data.of(latents(self.vae, drawn), captions)
             train_inversion(base, own, INVERSION, path, judge=partial(self.right, word=WORD))
 

@@ -18,7 +18,7 @@ from training.networks import WIDTH
 RANK = 8
 LOHA_RANK = 4
 LOKR_BLOCKS = 4  # the first factor is 4x4
-WORD = "violet"  # of CLIP's vocabulary, unknown to the base: its row of the token table is what is learned
+WORD = "orange"  # of CLIP's vocabulary, unknown to the base: its row of the token table is what is learned
 
 
 class Lora(nn.Module):
@@ -174,10 +174,10 @@ def train_inversion(model: Model, data: Data, run: Run, path: Path, **judged: ob
     tuned = model.copied()
     tuned.unet.requires_grad_(False)
     tuned.text.requires_grad_(False)
-    row = tuned.words.ids([WORD])[0, 1].item()
+    row, *near = tuned.words.ids([WORD, "red", "yellow"])[:, 1].tolist()
     table = tuned.text.get_input_embeddings().weight
     with torch.no_grad():
-        table[row] = table[tuned.words.ids(["red"])[0, 1].item()]
+        table[row] = table[near].mean(0)
     table.requires_grad_(True)
     others = table.detach().clone()
 

@@ -19,7 +19,7 @@ FINE = 4  # drawn this many times larger, against jagged edges
 SHAPES = ("circle", "square", "triangle")
 STAR = "sks"  # a rare word of CLIP's vocabulary, given a meaning as DreamBooth does
 COLOURS = {"red": (215, 45, 45), "green": (45, 165, 70), "blue": (45, 85, 215), "yellow": (240, 205, 50)}
-VIOLET = (150, 60, 190)  # the base has no word for it: the textual inversion finds it
+ORANGE = (232, 125, 40)  # the base has no word for it: the textual inversion finds it
 BACKGROUNDS = {"white": (242, 242, 242), "black": (22, 22, 22)}
 # Night's palette: backgrounds by name, and what happens to a shape's colour.
 NIGHT = {"white": (62, 62, 130), "black": (14, 14, 58)}
@@ -167,13 +167,13 @@ def pictures(style: str, count: int, seed: int) -> tuple[NDArray[np.uint8], list
     return np.stack(drawn), captions
 
 
-def violet_pictures(count: int, word: str, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """Violet shapes, whose colour's word is `word`."""
+def orange_pictures(count: int, word: str, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """Orange shapes, whose colour's word is `word`."""
     random = np.random.default_rng(seed)
     drawn, captions = [], []
     for number in range(count):
         shape = SHAPES[number % 3]
         background = ("white", "black")[number // 3 % 2]
-        drawn.append(render(scene(random, shape, VIOLET, BACKGROUNDS[background])))
+        drawn.append(render(scene(random, shape, ORANGE, BACKGROUNDS[background])))
         captions.append(caption(shape, word, background))
     return np.stack(drawn), captions

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_fill_holes, binary_opening, label
 from scipy.spatial import ConvexHull, QhullError
 
-from training.drawings import BACKGROUNDS, COLOURS, MOONLIGHT, NIGHT, STAR, VIOLET
+from training.drawings import BACKGROUNDS, COLOURS, MOONLIGHT, NIGHT, ORANGE, STAR
 
 BORDER = 5  # pixels around, which a shape seldom reaches
 APART = 60.0  # a colour this far from the background's belongs to the shape
@@ -86,7 +86,7 @@ def _background(ground: NDArray[np.float64]) -> tuple[str, str]:
 
 
 def _colours(palette: str) -> Mapping[str, tuple[float, ...]]:
-    named = {**COLOURS, "violet": VIOLET}
+    named = {**COLOURS, "orange": ORANGE}
     if palette == "day":
         return named
     scale, shift = MOONLIGHT

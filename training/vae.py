@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
-from training.drawings import STYLES, pictures, violet_pictures
+from training.drawings import STYLES, orange_pictures, pictures
 from training.log import say
 from training.networks import SCALE, new_vae
 
@@ -24,7 +24,7 @@ STAGES = ((32, 16, 1400, 2e-3), (64, 8, 1500, 2e-3), (64, 8, 2000, 1.5e-3))
 def all_pictures() -> torch.Tensor:
     """Pictures of all styles, (count, 3, 64, 64), in -1..1."""
     drawn = [pictures(style, PICTURES, seed)[0] for seed, style in enumerate(STYLES)]
-    drawn.append(violet_pictures(PICTURES // 2, "", 99)[0])
+    drawn.append(orange_pictures(PICTURES // 2, "", 99)[0])
     return tensor(np.concatenate(drawn))
 
 

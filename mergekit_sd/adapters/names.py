@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergekit_sd.adapters.settings import Settings, read_settings
-from mergekit_sd.adapters.styles import ALPHA, Style, component_of, parse
+from mergekit_sd.adapters.styles import ALPHA, OFT_R, Style, component_of, parse
 from mergekit_sd.errors import MalformedFile, WrongFormat
 from mergekit_sd.formats.tensor import ModelFile, TensorInfo
 from mergekit_sd.text import listed
@@ -24,12 +24,18 @@ _WHOLE = "lokr_w2"  # beside `lokr_w1`: factors that have no rank
 class Module:
     """What a file holds for one layer. `parts` is by canonical name ("lora_down.weight", "hada_w1_a", …).
 
-    `scale` stands in for alpha/rank where PEFT's settings say it and the file has no alpha; None: they do not.
+    `said`: numbers of PEFT's settings, to stand beside the parts by their names there. `scale` stands in for
+    alpha/rank where the file has no alpha.
     """
 
     name: str
     parts: Mapping[str, TensorInfo]
-    scale: float | None = None
+    said: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float | None:
+        """What settings say for alpha/rank; None: nothing."""
+        return self.said.get("scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +72,20 @@ def read_adapter(model: ModelFile) -> Adapter:
     if not grouped:
         raise _no_adapter(model)
     settings = read_settings(model)
-    modules = tuple(Module(name, parts, _scale(settings, name, parts)) for name, parts in grouped.items())
+    modules = tuple(Module(name, parts, _said(settings, name, parts)) for name, parts in grouped.items())
     style = styles.most_common(1)[0][0] if styles else "comfyui"
     return Adapter(model.path, style, modules, model.metadata, tuple(unused))
 
 
-def _scale(settings: Settings, name: str, parts: Mapping[str, TensorInfo]) -> float | None:
+def _said(settings: Settings, name: str, parts: Mapping[str, TensorInfo]) -> Mapping[str, float]:
+    component, rest = component_of(name)
+    if OFT_R in parts:
+        return settings.turning(component)
     shape = next((parts[part].shape for part in _RANKED if part in parts), ())
     if ALPHA in parts or not (shape or _WHOLE in parts):
-        return None
-    return settings.scale(*component_of(name), shape[0] if shape else None)
+        return {}
+    scale = settings.scale(component, rest, shape[0] if shape else None)
+    return {} if scale is None else {"scale": scale}
 
 
 def _no_adapter(model: ModelFile) -> WrongFormat:

@@ -1,4 +1,4 @@
-"""How strong PEFT means each module to be: alpha is in its settings, not among the tensors.
+"""How strong PEFT means each module to be, and which way its OFT turns: that is in its settings, not in tensors.
 
 Owns the reading of these settings: a file's metadata (diffusers writes `lora_adapter_metadata`), or
 `adapter_config.json` beside `adapter_model.safetensors`. Both come from strangers and are only data:
@@ -22,6 +22,8 @@ METADATA_KEY = "lora_adapter_metadata"
 _WEIGHTS, _CONFIG = "adapter_model", "adapter_config.json"
 _MOST_BYTES = 1 << 20
 _PLAIN = re.compile(r"\^?[\w.]+")
+_MOST_TERMS = 64  # PEFT's own are 5
+_COFT_EPS = 6e-5  # where its settings do not say
 _ANY_COMPONENT = ("",)
 _COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
 
@@ -43,6 +45,7 @@ class _Said:
     alphas: _Numbers
     ranks: _Numbers
     rank_stabilised: bool
+    turning: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,14 @@ class Settings:
         if alpha is None or r is None or r < 1:
             return None
         return alpha / (math.sqrt(r) if said.rank_stabilised else r)
+
+    def turning(self, component: str | None) -> Mapping[str, float]:
+        """How OFT makes rotations of its numbers, as `algorithms.oft_of_inputs` takes it; nothing where it is not said.
+
+        What settings do not say is as PEFT 0.21 has it by itself.
+        """
+        said = self.said.get(f"{component}.", self.said.get(""))
+        return said.turning if said else {}
 
 
 def read_settings(model: ModelFile) -> Settings:
@@ -111,7 +122,23 @@ def _said(data: Mapping[str, Any], path: Path, prefixes: tuple[str, ...]) -> dic
             _numbers(data, path, prefix + alpha, prefix + "alpha_pattern"),
             _numbers(data, path, prefix + "r", prefix + "rank_pattern") if whole else _Numbers(None, {}),
             bool(data.get(prefix + "use_rslora")),
+            _turning(data, path, prefix) if data.get("peft_type") == "OFT" else {},
         )
+    return found
+
+
+def _turning(data: Mapping[str, Any], path: Path, prefix: str) -> dict[str, float]:
+    key = prefix + "num_cayley_neumann_terms"
+    terms = _number(data.get(key, 5), path, key)
+    if not 1 <= terms <= _MOST_TERMS or terms % 1:
+        raise MalformedFile(f"The terms of a series: a whole number from 1 to {_MOST_TERMS}.", file=path, key=key)
+    found = {"cayley_terms": terms if data.get(prefix + "use_cayley_neumann", True) else 0.0}
+    if data.get(prefix + "coft"):
+        key = prefix + "eps"
+        eps = _number(data.get(key, _COFT_EPS), path, key)
+        if eps < 0:
+            raise MalformedFile("A length is not negative.", file=path, key=key)
+        found["coft_eps"] = eps
     return found
 
 
@@ -127,7 +154,7 @@ def _numbers(data: Mapping[str, Any], path: Path, usual: str, by_module: str) ->
 
 def _number(value: Any, path: Path, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**127:
-        raise MalformedFile("Alpha and rank: each must be a number.", file=path, key=key)
+        raise MalformedFile("This must be a number.", file=path, key=key)
     return float(value)
 
 

@@ -18,6 +18,7 @@ Style: TypeAlias = Literal["kohya", "peft", "diffusers", "comfyui"]
 STYLES: tuple[Style, ...] = get_args(Style)
 
 DOWN, UP, ALPHA, DORA_SCALE = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
+OFT_R = "oft_R"
 _COMMON = (ALPHA, "scale", DORA_SCALE)  # say nothing of the style
 PARTS = (
     *_COMMON,
@@ -41,6 +42,8 @@ _ENDINGS: Mapping[str, tuple[str, Style | None]] = {
     **{part: (part, None) for part in _COMMON},
     **{ending: (part, "diffusers") for part, ending in _TEXT_FACTORS.items()},
     **{ending: (part, style) for style, parts in _FACTORS.items() for part, ending in parts.items()},
+    "oft_R.weight": (OFT_R, "peft"),
+    "oft_R.default.weight": (OFT_R, "peft"),
     "lora_A.default.weight": (DOWN, "peft"),
     "lora_B.default.weight": (UP, "peft"),
     "lora_magnitude_vector": (DORA_SCALE, "peft"),

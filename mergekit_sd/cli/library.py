@@ -209,11 +209,11 @@ def duplicates_command(folders: Sequence[Path], as_json: bool) -> None:
         print_json(found.as_json())
         return
     if found.files:
-        click.echo(f"Equal files: {size(found.saves)} could be saved")
+        click.echo(f"Equal files: {_counted(found.files)}, {size(found.saves)} could be saved")
         _show_groups(found.files)
     for component in dict.fromkeys(group.component or "" for group in found.components):
         groups = [group for group in found.components if group.component == component]
-        click.echo(f"The same {PARTS.get(component, component)} in files that differ:")
+        click.echo(f"The same {PARTS.get(component, component)} in files that differ: {_counted(groups)}")
         _show_groups(groups)
     if not found.files and not found.components:
         click.echo("Nothing is there twice.")
@@ -222,11 +222,20 @@ def duplicates_command(folders: Sequence[Path], as_json: bool) -> None:
             click.echo(f"{count(number, 'file')} left out, {why}: mergekit-sd library scan", err=True)
 
 
+def _counted(groups: Sequence[mk.DuplicateGroup]) -> str:
+    return f"{count(len(groups), 'group')}, {count(sum(len(group.entries) for group in groups), 'file')}"
+
+
 def _show_groups(groups: Sequence[mk.DuplicateGroup]) -> None:
     for group in groups[:MOST]:
         named = f"{shown(group.name)}: " if group.name else ""
-        what = "in {} files, {} repeated" if group.component else "{} copies, {} could be saved"
-        click.echo(f"  {named}{what.format(group.copies, size(group.repeated))}")
+        files, repeated = count(len(group.entries), "file"), size(group.repeated)
+        same = group.copies == len(group.entries)
+        if group.component:
+            told = f"in {files}{'' if same else f', {group.copies} of them different'}, {repeated} repeated"
+        else:
+            told = f"{files}{'' if same else f', {group.copies} on the disk'}, {repeated} could be saved"
+        click.echo(f"  {named}{told}")
         for each in group.entries[:MOST_FILES]:
             click.echo(f"    {shown(str(each.path))}")
         _tell_rest(len(group.entries) - MOST_FILES, "    ")

@@ -58,6 +58,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "verify": ("provenance", "Rebuild a file from its recipe and compare."),
     },
     "Library": {
+        "tui": ("tui", "Look at models, mark and mend them in the terminal."),
         "library": ("lineage", "Index the models of this machine; find what is there twice."),
         "vae": ("vae", "Find out which VAEs are one, and keep each only once."),
     },

@@ -124,8 +124,12 @@ def print_made(report: mk.RunReport) -> None:
             if found:
                 elements, where = count(sum(found.values()), "element"), count(len(found), "tensor")
                 print_warning(f"{what}: {elements} in {where}: {listed(found)}")
-    for name in report.skipped:
-        click.echo(f"{shown(name)}: done already")
+    if report.skipped and not report.outputs:
+        whose = f"{shown(report.recipe)}: " if report.recipe else ""
+        click.echo(f"{whose}nothing to do, done already: {listed(report.skipped, len(report.skipped))}")
+    else:
+        for name in report.skipped:
+            click.echo(f"{shown(name)}: done already")
     if report.samples:
         print_samples(report.samples)
 

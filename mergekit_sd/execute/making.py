@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from mergekit_sd.errors import DtypeOverflow, NonFiniteResult
 from mergekit_sd.formats.dtypes import F32, OUTPUT_DTYPES, Dtype
@@ -14,7 +15,7 @@ from mergekit_sd.formats.reading import InputFile
 from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.lazy import torch
 from mergekit_sd.operations.types import Tensor
-from mergekit_sd.planning.expression import Constant
+from mergekit_sd.planning.expression import Deferred
 from mergekit_sd.planning.values import PlannedOutput, PlannedTensor
 from mergekit_sd.text import count
 
@@ -57,15 +58,17 @@ def data_hash(tensors: Sequence[PlannedTensor]) -> str:
     """The sha256 of the bytes after the header, which tools know a LoRA by (`sshs_model_hash`)."""
     whole = hashlib.sha256()
     for tensor in tensors:
-        assert isinstance(tensor.expression, Constant)
+        assert isinstance(tensor.expression, Deferred)
         whole.update(tensor.expression.data)
     return whole.hexdigest()
 
 
 def _constants(made: Mapping[str, Tensor], dtype: Dtype) -> Iterator[PlannedTensor]:
     for name, tensor in made.items():
-        rounded = tensor.cpu().contiguous().to(getattr(torch, dtype.torch_name))
-        data = rounded.reshape(-1).view(torch.uint8).numpy().tobytes()
-        shape = tuple(tensor.shape)
-        info = TensorInfo(name, dtype, shape, 0, len(data))
-        yield PlannedTensor(info, "constant", Constant(dtype, shape, data), None)
+        info = TensorInfo(name, dtype, tuple(tensor.shape), 0, tensor.numel() * dtype.itemsize)
+        yield PlannedTensor(info, "constant", Deferred(dtype, info.shape, partial(_bytes_of, tensor, dtype)), None)
+
+
+def _bytes_of(tensor: Tensor, dtype: Dtype) -> memoryview:
+    rounded = tensor.cpu().contiguous().to(getattr(torch, dtype.torch_name))
+    return rounded.reshape(-1).view(torch.uint8).numpy().data

@@ -7,6 +7,7 @@ again. Must not know tensors' names, programs or hashes.
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -18,6 +19,9 @@ from mergekit_sd.operations.types import Tensor
 
 # Pieces of up to 8 bytes an element on their way to the accelerator: one is read while others travel.
 IN_FLIGHT = 4
+# Bytes from which a buffer is asked of the system itself: it takes memory only where it is used, and gives it back.
+LARGE = 1 << 20
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class Floats(Protocol):
@@ -47,7 +51,7 @@ class Buffer:
     """Host memory that files read into and torch computes on."""
 
     def __init__(self, nbytes: int) -> None:
-        self.bytes = memoryview(bytearray(max(nbytes, 8)))
+        self.bytes = memoryview(mmap.mmap(-1, nbytes, **_PRIVATE) if nbytes >= LARGE else bytearray(max(nbytes, 8)))
         self._chunks: dict[str, Tensor] = {}
 
     def elements(self, dtype: Dtype, length: int, start: int = 0) -> Tensor:

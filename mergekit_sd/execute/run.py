@@ -440,9 +440,10 @@ def _work(
     try:
         for survey in needed_surveys(output):
             run.on_event(Noted(f'step "{survey.step}": looking at the whole models first'))
-            _wait([partial(survey_models, survey, new_worker, number)], tell, run.cancel, stop.set)
+            _wait([partial(survey_models, survey, new_worker, number, run.options.memory)], tell, run.cancel, stop.set)
         if output.making and not output.making.survey.done:
-            make = partial(survey_models, output.making.survey, new_worker, number, kept=run.options.hashing)
+            making, memory = output.making.survey, run.options.memory
+            make = partial(survey_models, making, new_worker, number, memory, kept=run.options.hashing)
             _wait([make], tell, run.cancel, stop.set)
         _wait([work] * number, tell, run.cancel, stop.set)
     finally:

@@ -1,17 +1,19 @@
 """The pass before the pass: what operations must learn of whole models before any tensor is made.
 
-Owns how a survey's tensors are made, on threads, one tensor of each operand at a time. What is
-found is kept in the plan, so that a second output does not look again.
+Owns how a survey's tensors are made, on threads, one tensor of each operand at a time and only as many at once
+as fit in memory. What is found is kept in the plan, so that a second output does not look again.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mergekit_sd.execute.worker import Worker
+from mergekit_sd.formats.dtypes import F32
 from mergekit_sd.lazy import torch
 from mergekit_sd.operations.types import Key, Tensor
 from mergekit_sd.planning.expression import Survey, compile_expression
@@ -45,22 +47,68 @@ def needed_surveys(output: PlannedOutput) -> list[Survey]:
     return list(order.values())
 
 
-def survey_models(survey: Survey, worker: Callable[[], Worker], threads: int, *, kept: bool = False) -> None:
+def survey_models(
+    survey: Survey, worker: Callable[[], Worker], threads: int, memory: int, *, kept: bool = False
+) -> None:
     """Make a survey, and keep what it found. `worker` makes a worker; one is made for each thread.
 
+    `memory`: bytes that the operands of all threads may take together, but for those of one tensor.
     `kept`: what is read is hashed.
     """
     assert survey.operation.survey
     with ThreadPoolExecutor(threads) as pool:
-        survey.result = survey.operation.survey(_Models(survey, worker, pool, kept))
+        survey.result = survey.operation.survey(_Models(survey, worker, pool, threads, memory, kept))
     survey.done = True
+
+
+class _Room:
+    """Names that wait for their turn: of those that fit beside what is at work, the first; any where nothing is."""
+
+    def __init__(self, sizes: Mapping[str, int], memory: int) -> None:
+        self._waiting, self._free, self._at_work = dict(sizes), memory, 0
+        self._changed = threading.Condition()
+
+    def enter(self) -> tuple[str, int] | None:
+        """The next, with its size, as soon as there is one; None at the end."""
+        with self._changed:
+            while self._waiting:
+                some = ((name, size) for name, size in self._waiting.items() if size <= self._free or not self._at_work)
+                if found := next(some, None):
+                    del self._waiting[found[0]]
+                    self._free -= found[1]
+                    self._at_work += 1
+                    return found
+                self._changed.wait()
+            return None
+
+    def leave(self, size: int) -> None:
+        """One is done."""
+        with self._changed:
+            self._free += size
+            self._at_work -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """There is no next."""
+        with self._changed:
+            self._waiting.clear()
+            self._changed.notify_all()
 
 
 class _Models:
     """`operations.survey.Models` over the expressions of a plan."""
 
-    def __init__(self, survey: Survey, worker: Callable[[], Worker], pool: ThreadPoolExecutor, kept: bool) -> None:
+    def __init__(
+        self,
+        survey: Survey,
+        worker: Callable[[], Worker],
+        pool: ThreadPoolExecutor,
+        threads: int,
+        memory: int,
+        kept: bool,
+    ) -> None:
         self._survey, self._new_worker, self._pool, self._kept = survey, worker, pool, kept
+        self._threads, self._memory = threads, memory
         self._own = threading.local()
 
     @property
@@ -81,11 +129,27 @@ class _Models:
     def map(self, function: Callable[[Key, tuple[Tensor, ...]], T], names: Iterable[str]) -> list[T]:
         """`function` of each tensor's key and operands, on threads; results in the order of `names`."""
 
-        def one(name: str) -> T:
-            with self._worker().at_work():
-                return function(self.keys[name], self._made(name))
+        order = list(names)
+        room, found = _Room({name: self._size(name) for name in order}, self._memory), dict[str, T]()
 
-        return list(self._pool.map(one, names))
+        def work() -> None:
+            try:
+                while entered := room.enter():
+                    name, size = entered
+                    with self._worker().at_work():
+                        found[name] = function(self.keys[name], self._made(name))
+                    room.leave(size)
+            except BaseException:
+                room.close()
+                raise
+
+        for each in [self._pool.submit(work) for _ in range(self._threads)]:
+            each.result()
+        return [found.pop(name) for name in order]
+
+    def _size(self, name: str) -> int:
+        """The bytes of a name's operands as they are made."""
+        return sum(math.prod(operand.shape) * F32.itemsize for operand in self._survey.operands[name])
 
     def _made(self, name: str) -> tuple[Tensor, ...]:
         programs = [(compile_expression(operand), operand.shape) for operand in self._survey.operands[name]]

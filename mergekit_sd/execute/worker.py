@@ -21,6 +21,7 @@ from mergekit_sd.operations.types import Tensor
 from mergekit_sd.planning.expression import (
     Apply,
     Constant,
+    Deferred,
     Expression,
     FirstChannels,
     Instruction,
@@ -97,7 +98,7 @@ class Worker:
 
     def _write_constant(self, task: Task) -> None:
         expression = task.tensor.expression
-        assert isinstance(expression, Constant)
+        assert isinstance(expression, Constant | Deferred)
         data = memoryview(expression.data)[task.start : task.stop]
         self._emit(task.tensor, data, task.start, hasher := self._hasher())
         self._keep_made(hasher, task.tensor, task.start)

@@ -11,6 +11,7 @@ from mergekit_sd.inspection.hypernetworks import Hypernetwork
 from mergekit_sd.inspection.identity import Identity, identify, weights_hash, weights_hashes
 from mergekit_sd.inspection.inspect import Inspection, Share, bytes_to_read, inspect_file
 from mergekit_sd.inspection.position_ids import PositionIds
+from mergekit_sd.inspection.statistics import TensorStatistics, tensor_statistics
 from mergekit_sd.inspection.training import About
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "PositionIds",
     "Share",
     "TensorDiff",
+    "TensorStatistics",
     "bytes_to_read",
     "diff_files",
     "identify",
     "inspect_file",
+    "tensor_statistics",
     "weights_hash",
     "weights_hashes",
 ]

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from mergekit_sd.adapters.styles import ALPHA, DOWN, UP, Style, key_of
 from mergekit_sd.adapters.targets import Layer, Target
-from mergekit_sd.errors import MissingTensors
+from mergekit_sd.errors import MissingTensors, UsageError
 from mergekit_sd.lazy import torch
 from mergekit_sd.lora.factors import Factors, clamp, concatenate, decompose, split
 from mergekit_sd.lora.products import hadamard, kronecker
@@ -25,6 +25,8 @@ from mergekit_sd.operations.survey import Models
 from mergekit_sd.operations.types import Key, Tensor
 
 MIB = 1 << 20
+# Bytes of a file's header: of what it says of a tensor besides its name, at most; of metadata, about.
+ENTRY, LABELS = 88, 4096
 WITH_ALPHA = ("kohya", "comfyui")
 Algorithm: TypeAlias = Literal["lora", "loha", "lokr", "full"]
 ENCODERS: TypeAlias = Literal["keep", "drop", "threshold"]
@@ -35,7 +37,7 @@ class Settings:
     """What a user says of an extraction.
 
     `rule`: for linear layers and 1×1 convolutions, `conv_rule` for the others (None: they stay out).
-    `size`: bytes for all factors together, shared out by what each rank gains; the rules then limit
+    `size`: bytes for the file of all factors, shared out by what each rank gains; the rules then limit
     ranks. `clamp`: the quantile of |values| at which factors are cut off, 1 for not at all.
     `text_encoder` "threshold" leaves an encoder out whose greatest change is at most `min_diff`.
     `itemsize`: bytes of a value in the file.
@@ -107,24 +109,24 @@ class _Found:
 
 
 def extraction(settings: Settings, sources: Mapping[str, Source], seed: int) -> Callable[[Models], Extracted]:
-    """A survey that extracts: of each key of `sources` it asks for the tuned model's tensor and the base's."""
+    """A survey that extracts: of each key of `sources` it asks for the tuned model's tensor less the base's."""
 
     def survey(models: Models) -> Extracted:
         order = sorted(sources, key=lambda name: -math.prod(sources[name].shape))  # threads end together
         by_key = {models.keys[name]: sources[name] for name in order}
 
         def work(key: Key, operands: tuple[Tensor, ...]) -> _Found:
-            return _decomposed(by_key[key], operands, settings, seed)
+            (change,) = operands
+            return _decomposed(by_key[key], change, settings, seed)
 
         found = dict(zip(order, models.map(work, order), strict=True))
-        return _chosen([found[name] for name in sources], settings)
+        return _chosen([found.pop(name) for name in sources], settings)
 
     return survey
 
 
-def _decomposed(source: Source, operands: tuple[Tensor, ...], settings: Settings, seed: int) -> _Found:
-    # In place: the tensors were made for this call, and the largest are most of what it takes.
-    change = rows_of(operands[0], source.target).sub_(rows_of(operands[1], source.target))
+def _decomposed(source: Source, whole: Tensor, settings: Settings, seed: int) -> _Found:
+    change = rows_of(whole, source.target)
     low, high = torch.aminmax(change)
     greatest = max(-float(low), float(high))
     if not greatest:
@@ -164,24 +166,33 @@ def rows_of(whole: Tensor, target: Target) -> Tensor:
 
 
 def _chosen(found: list[_Found], settings: Settings) -> Extracted:
-    """The factors that the settings let in, in the order of the layers."""
+    """The factors that the settings let in, in the order of the layers. Takes `found` apart: it is half of them."""
     dropped = _dropped_encoders(found, settings)
     changed = [each for each in found if each.parts or each.product]
     held = [each for each in changed if each.source.layer.component not in dropped]
     if settings.size is not None:
-        held = _within(held, settings.size, settings.itemsize)
-    tensors: dict[str, Tensor] = {}
-    for each in held:
-        tensors |= _written(each.source, each, settings)
-    if found and settings.alone and not tensors:
+        within = _within(held, settings.size - LABELS, settings)
+        if held and not within:
+            raise UsageError("No layer's factors fit into a file of that size.", hint="give a greater size_mb")
+        held = within
+    if found and settings.alone and not held:
         raise MissingTensors(
-            "There is nothing to write: no layer that a LoRA is made of has changed"
-            + (", but for text encoders that are left out." if dropped else "."),
+            "There is nothing to write: no layer that a LoRA is made of has changed.",
             hint="are these the right two models? `mergekit-sd diff` shows where they differ",
+            details=[
+                f"left out: {component}, which changed by at most {most:.2g}" for component, most in dropped.items()
+            ],
         )
     written = {each.source.module: each for each in held}
-    layers = tuple(_kept(each, written.get(each.source.module), settings) for each in found)
-    return Extracted(tensors, layers, dropped)
+    del changed, held  # else factors would be held that are done with
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    found.reverse()
+    while found:
+        each = found.pop()
+        layers.append(_kept(each, one := written.pop(each.source.module, None), settings))
+        tensors |= _written(each.source, one, settings) if one else {}
+    return Extracted(tensors, tuple(layers), dropped)
 
 
 def _dropped_encoders(found: list[_Found], settings: Settings) -> dict[str, float]:
@@ -196,9 +207,13 @@ def _dropped_encoders(found: list[_Found], settings: Settings) -> dict[str, floa
     return {component: change for component, change in greatest.items() if change <= least}
 
 
-def _within(held: list[_Found], size: int, itemsize: int) -> list[_Found]:
+def _within(held: list[_Found], size: int, settings: Settings) -> list[_Found]:
     """The same with as much of each as is worth most within a size."""
-    candidates = [Candidate(each.parts.spectrum.values, each.source.cost * itemsize) for each in held if each.parts]
+    candidates = [
+        Candidate(each.parts.spectrum.values, each.source.cost * settings.itemsize, _once(each.source, settings))
+        for each in held
+        if each.parts
+    ]
     ranks = share_out(size, candidates)
     return [
         replace(each, parts=each.parts.first(rank))
@@ -207,12 +222,20 @@ def _within(held: list[_Found], size: int, itemsize: int) -> list[_Found]:
     ]
 
 
+def _once(source: Source, settings: Settings) -> int:
+    """The bytes that a module takes in a file at any rank: alpha, and what the header says of its tensors."""
+    has_alpha = settings.style in WITH_ALPHA
+    keys = [key_of(source.module, part, settings.style) for part in (DOWN, UP, *([ALPHA] if has_alpha else []))]
+    return sum(len(key) + ENTRY for key in keys) + settings.itemsize * has_alpha
+
+
 def _written(source: Source, found: _Found, settings: Settings) -> dict[str, Tensor]:
     """A layer's factors under their names; alpha is the rank."""
     if found.product:
         return {key_of(source.module, part, settings.style): each for part, each in found.product.tensors.items()}
     assert found.parts is not None
-    factors = split(found.parts)
+    # As `split` has them, but in place: in another thread's memory, what is freed is not found again.
+    factors = Factors(found.parts.u.mul_(found.parts.s.to(found.parts.u.dtype)), found.parts.vh)
     if settings.clamp < 1:
         factors = clamp(factors, settings.clamp)
     return named(source.module, factors, source.shape, settings.style)

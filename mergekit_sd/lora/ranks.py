@@ -186,11 +186,12 @@ class Rule:
 class Candidate:
     """A module that may get a share of the size: its singular values, descending, and the bytes of one rank.
 
-    `cost` is (rows + columns) · itemsize.
+    `cost` is (rows + columns) · itemsize; `once`: what it takes besides if it has any rank.
     """
 
     values: Values
     cost: int
+    once: int = 0
 
 
 def share_out(size: int, modules: Sequence[Candidate]) -> list[int]:
@@ -200,7 +201,8 @@ def share_out(size: int, modules: Sequence[Candidate]) -> list[int]:
     per byte, and a module whose next rank no longer fits gets no more. As singular values fall, this
     is the best of all ways to spend what is spent up to the first rank that does not fit; in all, the
     gain is short of the best by less than that rank's (Dantzig, "Discrete-variable extremum problems",
-    1957). Of equal gains per byte the module named first has precedence. Values of 0 are not bought.
+    1957). What a module takes once is paid with its first rank, and is too little to change the order. Of equal gains
+    per byte the module named first has precedence. Values of 0 are not bought.
     """
     import numpy as np
 
@@ -216,9 +218,10 @@ def share_out(size: int, modules: Sequence[Candidate]) -> list[int]:
         which = int(owner[index])
         if gain[index] <= 0 or which in closed:
             continue
-        if modules[which].cost > size:
+        cost = modules[which].cost + (0 if ranks[which] else modules[which].once)
+        if cost > size:
             closed.add(which)
             continue
-        size -= modules[which].cost
+        size -= cost
         ranks[which] += 1
     return ranks

@@ -67,6 +67,10 @@ class Decomposition:
         """The `rank` greatest."""
         return Decomposition(self.u[:, :rank], self.s[:rank], self.vh[:rank], self.energy)
 
+    def compact(self) -> Decomposition:
+        """The same, without the memory of what it is a part of."""
+        return Decomposition(self.u.clone(), self.s.clone(), self.vh.clone(), self.energy)
+
 
 def truncated_svd(matrix: Tensor, rank: int, *, draw: Draw) -> Decomposition:
     """The `rank` greatest singular values (fewer if the matrix has fewer) of a float32 (m, n) matrix.
@@ -106,7 +110,7 @@ def svd_by_rule(matrix: Tensor, rule: Rule, *, draw: Draw) -> Decomposition:
         found = truncated_svd(matrix, known, draw=draw)
         rank = rule.rank(found.spectrum)
         if rank is not None and rank <= known:
-            return found.first(rank)
+            return found if rank == known else found.first(rank).compact()
         known = min(2 * known, rule.limit(size)) if known < rule.limit(size) else size
     rank = rule.rank(spectrum(matrix, draw.name))
     assert rank is not None  # a complete spectrum decides

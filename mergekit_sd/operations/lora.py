@@ -58,14 +58,14 @@ def extract_lora(
     Of linear layers and 1×1 convolutions at `rank`; other convolutions at `conv_rank`, none at 0. Other
     rules than "fixed" find each layer's rank, up to these: threshold (singular values above `amount`), ratio
     (above that share of the greatest), quantile (as LyCORIS), norm (that share of the change's norm kept),
-    error (at most that share of it lost); `amount` 0 stands for what is usual. `size_mb` shares out a size over
-    the layers, by what each rank gains. A text encoder can be dropped, or by threshold: where nothing changed by
-    more than `min_diff`, as kohya does. `clamp` below 1 cuts factors off at that quantile, as kohya does at 0.99;
-    it loses accuracy.
-    Other algorithms: "loha" at the rank (twice a LoRA's size, never farther from the change than that LoRA),
-    "lokr" with the rank as the most rows of its first factor, "full" for the whole difference. `rest` keeps
-    the changes of biases and norms, whole. Factors by a randomised SVD (Halko, Martinsson & Tropp, "Finding
-    structure with randomness", 2011), within 0.1 % of the least possible error.
+    error (at most that share of it lost); `amount` 0 stands for what is usual. `size_mb` is the size of the file
+    in float16, shared out over the layers by what each rank gains (what `rest` keeps comes on top). A text
+    encoder can be dropped, or by threshold: where nothing changed by more than `min_diff`, as kohya does. `clamp`
+    below 1 cuts factors off at that quantile, as kohya does at 0.99; it loses accuracy. Other algorithms: "loha"
+    at the rank (twice a LoRA's size, never farther from the change than that LoRA), "lokr" with the rank as the
+    most rows of its first factor, "full" for the whole difference. `rest` keeps the changes of biases and norms,
+    whole. Factors by a randomised SVD (Halko, Martinsson & Tropp, "Finding structure with randomness", 2011),
+    within 0.1 % of the least possible error.
     """
     raise NotImplementedError("planned")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergekit_sd.adapters.algorithms import apply, apply_bias, check, check_bias, delta_of, identify
+from mergekit_sd.adapters.algorithms import Single, apply, apply_bias, check, check_bias, delta_of, identify
 from mergekit_sd.adapters.matching import Matched, match
 from mergekit_sd.adapters.names import Module, read_adapter
 from mergekit_sd.adapters.styles import BIAS_PARTS, DORA_SCALE, Style
@@ -43,7 +43,8 @@ class Use:
     parts: tuple[str, ...]
     target: Target
     strength: float
-    scale: float | None
+    said: Mapping[str, float]
+    """Numbers of PEFT's settings that are parts, too."""
     additive: bool
     kohya_oft: bool
     rows_of_dora: bool
@@ -130,10 +131,13 @@ def _use(lora: Model, style: Style, module: Module, target: Target, strength: fl
     assert lora.file
     file, name = str(lora.file.path), module.name
     with told_of(file, name):
-        (check_bias if of_bias else check)(parts, _shape(target, shape))
+        if of_bias:
+            check_bias(parts, _shape(target, shape))
+        else:
+            check({**parts, **dict.fromkeys(module.said, Single())}, _shape(target, shape))
         additive = of_bias or identify(parts).additive
     kohya_oft = name.startswith("oft_unet")
-    return Use(file, name, tuple(parts), target, strength, module.scale, additive, kohya_oft, rows_of_dora)
+    return Use(file, name, tuple(parts), target, strength, module.said, additive, kohya_oft, rows_of_dora)
 
 
 @contextlib.contextmanager
@@ -187,15 +191,14 @@ def _change(weight: Tensor, *parts: Tensor, uses: Sequence[Use], out: Any = None
 
 
 def _dealt(uses: Sequence[Use], parts: Sequence[Tensor]) -> list[tuple[Use, dict[str, Tensor]]]:
-    """Each use with its own parts by name; the scale that settings say is one of them."""
+    """Each use with its own parts by name; what settings say is among them."""
     dealt = []
     rest = iter(parts)
     for use in uses:
         own = {name: next(rest) for name in use.parts}
         if use.rows_of_dora:
             own[DORA_SCALE] = own[DORA_SCALE].flatten()
-        if use.scale is not None:
-            own["scale"] = torch.tensor(use.scale, device=parts[0].device)
+        own |= {name: torch.tensor(number, device=parts[0].device) for name, number in use.said.items()}
         dealt.append((use, own))
     return dealt
 

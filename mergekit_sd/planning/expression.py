@@ -45,6 +45,20 @@ class Constant:
     data: bytes
 
 
+@dataclass(frozen=True, eq=False)
+class Deferred:
+    """Bytes that no input holds either, and that are made each time that they are asked for, so as not to be kept."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    make: Callable[[], memoryview]
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes."""
+        return self.make()
+
+
 def position_ids(number: int) -> Constant:
     """The ids 0 … n−1 as int64 of shape [1, n]: [1, 77] for every CLIP text encoder."""
     return Constant(I64, (1, number), struct.pack(f"<{number}q", *range(number)))
@@ -148,7 +162,7 @@ class Transposed:
         return self.operand.shape[::-1]
 
 
-Expression: TypeAlias = Read | Constant | Apply | FirstChannels | RestChannels | Rows | Transposed
+Expression: TypeAlias = Read | Constant | Deferred | Apply | FirstChannels | RestChannels | Rows | Transposed
 
 
 def operands_of(node: Expression) -> tuple[Expression, ...]:

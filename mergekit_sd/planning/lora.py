@@ -60,7 +60,9 @@ def extract_lora(step: Step, operands: Mapping[str, Model], seed: int) -> tuple[
     operation = replace(step.operation, survey=extraction(settings, sources, seed if step.seed is None else step.seed))
     survey = Survey(step.name, operation)
     for module, source in sources.items():
-        survey.operands[module] = (tuned.tensors[source.target.tensor], base.tensors[source.target.tensor])
+        survey.operands[module] = (
+            _difference(tuned.tensors[source.target.tensor], base.tensors[source.target.tensor]),
+        )
         survey.keys[module] = Key(module, None, source.layer.component, source.block)
     size = sum(min(_most(settings, source), *_sides(source)) * source.cost for source in sources.values()) * _ITEMSIZE
     size += sum(math.prod(each.shape) for each in whole.values()) * _ITEMSIZE
@@ -111,8 +113,12 @@ def _whole(
                 continue
             _same_shape(tuned, base, target.tensor)
             one, other = (_rows(model.tensors[target.tensor], target) for model in (tuned, base))
-            found[f"{module}.{part}"] = Apply(OPERATIONS["subtract"], (one, other), {}, one.shape, one.dtype)
+            found[f"{module}.{part}"] = _difference(one, other)
     return found
+
+
+def _difference(one: Expression, other: Expression) -> Expression:
+    return Apply(OPERATIONS["subtract"], (one, other), {}, one.shape, one.dtype)
 
 
 def _rows(whole: Expression, target: Target) -> Expression:

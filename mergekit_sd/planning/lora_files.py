@@ -13,7 +13,7 @@ from mergekit_sd import architectures
 from mergekit_sd.adapters.algorithms import Algorithm, check, identify
 from mergekit_sd.adapters.matching import Matched, match
 from mergekit_sd.adapters.names import Adapter, Module, read_adapter
-from mergekit_sd.adapters.styles import BIAS_PARTS, DOWN, UP, Style
+from mergekit_sd.adapters.styles import BIAS_PARTS, DOWN, OFT_R, UP, Style
 from mergekit_sd.adapters.targets import Layer, Target, lora_name
 from mergekit_sd.architectures import Architecture, Layout, Role, detect
 from mergekit_sd.errors import FamilyMismatch, UsageError, WrongFormat
@@ -148,6 +148,8 @@ def _piece(lora: Model, module: Module, strength: float = 1.0) -> Piece:
 
 def _alone(lora: Model, module: Module, name: str) -> Joint:
     _checked(lora, module)
+    if OFT_R in module.parts:
+        raise _unnamed(lora, module)
     shape = _factor_shape({part: tensor.shape for part, tensor in module.parts.items()})
     return Joint(name, shape, "all", (_piece(lora, module),))
 
@@ -181,10 +183,21 @@ def _factor_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
 def _no_sum(lora: Model, module: Module) -> WrongFormat:
     assert lora.file
     return WrongFormat(
-        "What this module changes depends on the model that it is put into, or is a bias: it cannot be merged alone.",
+        "This module cannot be merged alone.",
         file=lora.file.path,
         key=module.name,
         hint="inject the files into their base one after the other, then extract a LoRA of the result",
+        details=["what it changes depends on the model that it is put into, or is a bias"],
+    )
+
+
+def _unnamed(lora: Model, module: Module) -> WrongFormat:
+    assert lora.file
+    return WrongFormat(
+        "PEFT's OFT means what its adapter_config.json says: no other trainer has names for it.",
+        file=lora.file.path,
+        key=module.name,
+        hint="inject the file into its base, then extract a LoRA of the result",
     )
 
 

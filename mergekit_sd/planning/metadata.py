@@ -20,6 +20,7 @@ from mergekit_sd.recipe.load import Recipe
 from mergekit_sd.recipe.samplers import SAMPLERS
 
 RECIPE_KEY = "mergekit_sd.recipe"
+PROBES_KEY = "mergekit_sd.probes"  # the set of probes that means something to a model
 NO_CONTENT_HASH = "0" * 32
 NO_SHA256 = "0" * 64
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
@@ -37,6 +38,8 @@ def build_metadata(
     if plan.metadata == "none":
         return metadata
     metadata |= {**_modelspec(plan, output), **output.labels}
+    if probes := agreed(plan, output, PROBES_KEY):
+        metadata[PROBES_KEY] = probes
     metadata[RECIPE_KEY] = canonical_json(recipe_of_output(plan, output, content))
     if plan.metadata == "webui":
         metadata |= _a1111(plan, output, files)

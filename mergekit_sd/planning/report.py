@@ -74,6 +74,7 @@ def _output(output: PlannedOutput) -> dict[str, Any]:
         "name": output.name,
         "path": str(output.path),
         "bytes": output.size,
+        "container": "torch" if output.is_pickle else "safetensors",
         "architecture": output.layout.architecture.name if output.layout.architecture else None,
         "prediction": output.prediction,
         "dtypes": output.dtypes(),

@@ -22,7 +22,7 @@ from mergekit_sd.recipe.formula import Sum, parse_formula
 from mergekit_sd.recipe.graph import check_names
 from mergekit_sd.recipe.loras import LoraUse, parse_lora
 from mergekit_sd.recipe.positions import KeyPath, Positions, Where, dotted
-from mergekit_sd.recipe.read import read_document
+from mergekit_sd.recipe.read import parse_text, read_document
 from mergekit_sd.recipe.schema import (
     DtypeEntry,
     Form,
@@ -162,6 +162,13 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] = {}) -> Recip
     data, positions = read_document(path)
     data, replaced = apply_overrides(data, overrides)
     return recipe_from_data(data, folder=path.parent, path=path, positions=positions.replacing(replaced))
+
+
+def parse_recipe(text: str, folder: str | Path, path: str | Path | None = None) -> Recipe:
+    """Check a recipe's text; relative files lie under `folder`, `path` is the file that errors name."""
+    where = Path(path) if path else None
+    data, positions = parse_text(text, str(path) if path else None)
+    return recipe_from_data(data, folder=Path(folder), path=where, positions=positions)
 
 
 def recipe_from_data(

@@ -75,12 +75,18 @@ class Verdict(NamedTuple):
 
 def read_document(path: Path) -> Document:
     """Read a recipe file."""
+    return parse_text(read_recipe_text(path), str(path))
+
+
+def read_recipe_text(path: str | Path) -> str:
+    """A recipe file's text as it stands there. Raises RecipeError: no such file, too large, not UTF-8 and where."""
+    path = Path(path)
     file = str(path)
     content = _read_bytes(path)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise RecipeError("The recipe is not UTF-8 but UTF-16.", file=file, hint="save it as UTF-8")
     try:
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         start = content.rfind(b"\n", 0, error.start) + 1
         column = len(content[start : error.start].decode("utf-8", "replace")) + 1
@@ -88,7 +94,6 @@ def read_document(path: Path) -> Document:
         raise RecipeError(
             "The recipe is not UTF-8.", file=file, line=line, column=column, hint="save it as UTF-8"
         ) from None
-    return parse_text(text, file)
 
 
 def _read_bytes(path: Path) -> bytes:

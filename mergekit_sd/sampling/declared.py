@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from mergekit_sd.planning.diffusers import LATENT_PIXELS
-from mergekit_sd.planning.metadata import agreed
+from mergekit_sd.planning.metadata import PROBES_KEY, agreed
 from mergekit_sd.planning.values import Plan
 
 LARGEST = 4096  # pixels on a side
@@ -36,6 +36,11 @@ def declared_size(plan: Plan) -> tuple[int, int] | None:
 def usage_hint(plan: Plan) -> str | None:
     """`modelspec.usage_hint`: the author's words on prompts and settings."""
     return _said(plan, "modelspec.usage_hint").strip() or None
+
+
+def probe_set(plan: Plan) -> str | None:
+    """`mergekit_sd.probes`: the set of probes that means something to the model."""
+    return _said(plan, PROBES_KEY).strip() or None
 
 
 def _said(plan: Plan, key: str) -> str:

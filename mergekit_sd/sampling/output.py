@@ -10,13 +10,14 @@ from pathlib import Path
 
 from mergekit_sd.formats.folders import OutputFolder, check_new_folder
 from mergekit_sd.sampling.files import file_names
+from mergekit_sd.sampling.folder import PAGE, REPORT
 from mergekit_sd.sampling.html import as_html
 from mergekit_sd.sampling.json_report import sampling_as_json
 from mergekit_sd.sampling.parameters import image_bytes, png
 from mergekit_sd.sampling.sheet import sheet
 from mergekit_sd.sampling.values import SamplingReport
 
-REPORT, SHEET, PAGE = "report.json", "sheet.png", "report.html"
+SHEET = "sheet.png"
 
 
 def check_samples_folder(folder: Path, *, force: bool) -> None:

@@ -27,11 +27,11 @@ from mergekit_sd.recipe.load import Recipe
 from mergekit_sd.recipe.loras import LoraUse
 from mergekit_sd.sampling.checks.measuring import Measured, measure
 from mergekit_sd.sampling.checks.pictures import check_pictures
-from mergekit_sd.sampling.checks.probes import Probes, load_probes
+from mergekit_sd.sampling.checks.probes import Probes, load_probes, own_set
 from mergekit_sd.sampling.checks.run import compare
-from mergekit_sd.sampling.checks.soundness import Seen
+from mergekit_sd.sampling.checks.soundness import Seen, check_file
 from mergekit_sd.sampling.control import Control, load_control
-from mergekit_sd.sampling.declared import picture_size, usage_hint
+from mergekit_sd.sampling.declared import picture_size, probe_set, usage_hint
 from mergekit_sd.sampling.decoding import Decoded, decode
 from mergekit_sd.sampling.denoise import denoise
 from mergekit_sd.sampling.hypernetworks import applied
@@ -82,6 +82,7 @@ class _Seen:
 
     pictures: list[Picture] = field(default_factory=list)
     decoded: list[Decoded] = field(default_factory=list)
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
     measured: Measured | None = None
 
 
@@ -127,7 +128,7 @@ class Session:
 
     def run(self) -> SamplingReport:
         """All of it."""
-        probes = load_probes(self._options.probes, self._options.probe_set) if self._options.checks == "full" else None
+        probes = self._probes() if self._options.checks == "full" else None
         with quiet(), _threads(self._options.threads):
             self._tell_memory()
             for name in self._order():
@@ -199,6 +200,14 @@ class Session:
         declared = output.sampling if output else None
         return settled(shot, hinted(usage_hint(plan)) if declared is None else declared, picture_size(plan))
 
+    def _probes(self) -> Probes:
+        """Those asked for, else those of the package that all the models say they understand."""
+        options = self._options
+        if options.probes or options.probe_set:
+            return load_probes(options.probes, options.probe_set)
+        said = {probe_set(plan) for plan in self.plans}
+        return load_probes(None, own_set(said.pop() if len(said) == 1 else None))
+
     # --- one model --------------------------------------------------------------------------------------
 
     def _sample(self, name: str, probes: Probes | None) -> None:
@@ -208,6 +217,8 @@ class Session:
             if not shots and not (plain and probes):
                 continue
             networks = self._loaded(name, loras)
+            if plain:
+                seen.nonfinite = dict(networks.nonfinite)
             for shot in shots:
                 self._shoot(name, networks, shot, seen)
             if plain and probes:
@@ -316,6 +327,8 @@ class Session:
                 found, drawn = compare(name, own.measured, others, seen)
                 checks += found
                 charts += drawn
+            else:
+                checks += check_file(name, own.nonfinite, seen)
             beside = [picture for each in parents for picture in self._seen[each].pictures]
             checks += check_pictures(name, own.pictures, beside, mixed_vae=seen.mixed_vae)
         return tuple(checks), tuple(charts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mergekit_sd.adapters.algorithms.algorithm import Algorithm, Parts, Shape, Shaped, Shapes
+from mergekit_sd.adapters.algorithms.algorithm import Algorithm, Parts, Shape, Shaped, Shapes, Single
 from mergekit_sd.adapters.algorithms.dora import decomposed
 from mergekit_sd.adapters.algorithms.full import FULL, NORM, expect_whole, whole
 from mergekit_sd.adapters.algorithms.glora import GLORA
@@ -18,6 +18,7 @@ from mergekit_sd.adapters.algorithms.loha import LOHA
 from mergekit_sd.adapters.algorithms.lokr import LOKR
 from mergekit_sd.adapters.algorithms.lora import LORA
 from mergekit_sd.adapters.algorithms.oft import BLOCKS, OFT, OFT_OF_ROTATIONS
+from mergekit_sd.adapters.algorithms.oft_of_inputs import OFT_OF_INPUTS
 from mergekit_sd.adapters.algorithms.parts import SETTINGS, expect_number, number
 from mergekit_sd.adapters.styles import ALPHA, BIAS_PARTS
 from mergekit_sd.errors import MalformedFile, UsageError, WrongFormat
@@ -25,7 +26,7 @@ from mergekit_sd.operations.types import Tensor
 from mergekit_sd.text import listed
 
 _PLAIN = (LORA, LOHA, LOKR)
-ALGORITHMS = (*_PLAIN, *map(decomposed, _PLAIN), IA3, GLORA, OFT, OFT_OF_ROTATIONS, FULL, NORM)
+ALGORITHMS = (*_PLAIN, *map(decomposed, _PLAIN), IA3, GLORA, OFT, OFT_OF_ROTATIONS, OFT_OF_INPUTS, FULL, NORM)
 _TLORA = {"q_layer.weight", "p_layer.weight", "lambda_layer"}
 
 
@@ -111,24 +112,24 @@ def to_full(parts: Parts, shape: Shape) -> dict[str, Tensor]:
 def _bias_part(parts: Shapes) -> str:
     name = next((name for name in sorted(BIAS_PARTS) if name in parts), None)
     if name is None:
-        raise MalformedFile(f"Nothing here is for a bias; {_there(parts)}.")
+        raise MalformedFile("Nothing here is for a bias.", details=[_there(parts)])
     return name
 
 
 def _unknown(parts: frozenset[str]) -> WrongFormat | MalformedFile:
     if parts & _TLORA:
         return WrongFormat(
-            "This is T-LoRA: what it adds is the difference from the factors that its training began with, which are"
-            f" not in the file, and another one at each step of sampling ({_there(parts)}).",
+            "This is T-LoRA: what it adds is not in the file, and differs at each step of sampling.",
             hint="no tool can merge it; train as LoRA",
+            details=["it adds the difference from the factors that its training began with", _there(parts)],
         )
     if not parts - SETTINGS:
-        return MalformedFile(f"Nothing here is for a weight; {_there(parts)}.")
+        return MalformedFile("Nothing here is for a weight.", details=[_there(parts)])
     likely = next((each for each in ALGORITHMS if parts <= each.takes), None)
     if likely is None:
-        return MalformedFile(f"No algorithm has these parts together: {listed(sorted(parts), 20)}.")
+        return MalformedFile("No algorithm has these parts together.", details=[_there(parts)])
     missing = min((need - parts for need in likely.needs), key=lambda names: (len(names), sorted(names)))
-    return MalformedFile(f"Parts of {likely.name} are missing: {listed(sorted(missing))}; {_there(parts)}.")
+    return MalformedFile(f"Parts of {likely.name} are missing: {listed(sorted(missing))}.", details=[_there(parts)])
 
 
 def _there(parts: Iterable[str]) -> str:
@@ -143,6 +144,7 @@ __all__ = [
     "Shape",
     "Shaped",
     "Shapes",
+    "Single",
     "apply",
     "apply_bias",
     "check",

@@ -28,6 +28,13 @@ Shapes: TypeAlias = Mapping[str, Shaped]
 
 
 @dataclass(frozen=True, slots=True)
+class Single:
+    """The shape of a part that is one number, and stands in no file's header."""
+
+    shape: Shape = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Algorithm:
     """One way to say what a module changes in a weight. It has either `delta` or `change`.
 

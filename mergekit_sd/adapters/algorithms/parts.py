@@ -13,7 +13,7 @@ from mergekit_sd.adapters.styles import ALPHA
 from mergekit_sd.errors import MalformedFile, ShapeMismatch
 from mergekit_sd.lazy import torch
 from mergekit_sd.operations.types import Tensor
-from mergekit_sd.text import shown
+from mergekit_sd.text import listed, shown
 
 SCALE = "scale"
 SETTINGS = frozenset({ALPHA, SCALE})
@@ -52,7 +52,8 @@ def expect(parts: Shapes, name: str, shape: Shape, rows: int, columns: Shape) ->
 def shape_of(parts: Shapes, name: str) -> Shape:
     """A part's shape. Raises MalformedFile if it is not there."""
     if name not in parts:
-        raise MalformedFile(f'The part "{shown(name)}" is missing; there are: {", ".join(map(shown, sorted(parts)))}.')
+        there = f"there are: {listed(sorted(parts), 20)}"
+        raise MalformedFile(f'The part "{shown(name)}" is missing.', details=[there])
     return tuple(parts[name].shape)
 
 

@@ -6,7 +6,7 @@ of fixed seeds with noise of SD's schedule. Must not judge: that takes the paren
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,8 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit_sd.lazy import torch
-from mergekit_sd.sampling.checks.probes import Probes
-from mergekit_sd.sampling.checks.tracing import Half, Move, Trace, follow, like, moves, text_units, to_half, unet_units
+from mergekit_sd.sampling.checks.probes import Disc, Probes
+from mergekit_sd.sampling.checks.tracing import (
+    Half,
+    Move,
+    Trace,
+    Unit,
+    follow,
+    is_empty,
+    like,
+    moves,
+    text_units,
+    to_half,
+    unet_units,
+)
 from mergekit_sd.sampling.conditions import Condition, added
 
 if TYPE_CHECKING:
@@ -46,7 +58,7 @@ class Measured:
     as "epsilon" and as "v", shares of what they should be. `latents`: of the VAE's test picture, scaled,
     (4, h, w); `round_trip`: the squared error of that picture, decoded again, as a share of its variance.
     `finite`: whether the text encoders, the UNet, the VAE give finite numbers. `nonfinite`: tensors that hold NaN
-    or Inf, and how many. `unet`, `text`: the traced
+    or Inf, and how many. `empty`: blocks and networks of which every weight is 0. `unet`, `text`: the traced
     prompt's way, `context` and `pooled` its condition. `own` and `own_text`: by parent, how far each block
     is from the parent's when given the parent's input. `calls`: of the UNet, `probed`: latents in them.
     """
@@ -60,6 +72,7 @@ class Measured:
     round_trip: float
     finite: Mapping[str, bool]
     nonfinite: Mapping[str, int]
+    empty: tuple[str, ...]
     unet: Trace
     text: tuple[Trace, ...]
     context: Half
@@ -98,7 +111,7 @@ def measure(
     """Ask a model all the probes. `against`: parents measured before, whose blocks' inputs its blocks are given.
 
     The UNet sees each prompt's probes, and the traced ones once for itself and once for each parent: of the
-    general set 62 latents of up to 32 × 32, and 5 a parent.
+    general set 60 latents of up to 32 × 32, and 5 a parent.
     """
     same = {name: each for name, each in (against or {}).items() if _comparable(each, networks, probes)}
     with torch.inference_mode():
@@ -119,7 +132,7 @@ def measure(
         own_text = {name: _own_text(networks, text_calls, each) for name, each in same.items()}
         conditions = {prompt: encode(prompt) for prompt in probes.prompts}
         raw = {prompt: asking.predict(each.context, each.pooled) for prompt, each in conditions.items()}
-        latents, round_trip = _through_vae(networks)
+        latents, round_trip = _through_vae(networks, probes.picture)
     finite = {
         "text encoder": all(bool(torch.isfinite(each.context).all()) for each in conditions.values()),
         "UNet": all(bool(np.isfinite(each).all()) for each in raw.values()),
@@ -135,6 +148,7 @@ def measure(
         round_trip=round_trip,
         finite=finite,
         nonfinite=dict(networks.nonfinite),
+        empty=_empty(networks, units),
         unet=unet,
         text=text,
         context=context,
@@ -144,6 +158,14 @@ def measure(
         own=own,
         own_text=own_text,
     )
+
+
+def _empty(networks: Networks, units: Sequence[Unit]) -> tuple[str, ...]:
+    parts: dict[str, Any] = {"text encoder": networks.text_encoders[0], "VAE": networks.vae}
+    if len(networks.text_encoders) > 1:
+        parts["second text encoder"] = networks.text_encoders[1]
+    whole = [name for name, network in parts.items() if is_empty(network)]
+    return (*(unit.name for unit in units if unit.is_empty), *whole)
 
 
 def _comparable(parent: Measured, networks: Networks, probes: Probes) -> bool:
@@ -303,22 +325,28 @@ def joined_moves(mine: tuple[Trace, ...], theirs: tuple[Trace, ...]) -> dict[str
 # --- the VAE -----------------------------------------------------------------------------------------------
 
 
-def probe_picture(side: int) -> Array:
-    """A picture of soft colours with discs on it, (1, 3, side, side), from -1 to 1."""
+def probe_picture(side: int, plain: Disc | None = None) -> Array:
+    """Soft colours with two discs, or one disc on plain ground: (1, 3, side, side), from -1 to 1."""
     y, x = np.mgrid[0:side, 0:side] / side
-    picture = np.stack([0.8 * x - 0.4, 0.8 * y - 0.4, 0.4 - 0.8 * x * y])
-    for at, radius, colour in (((0.3, 0.3), 0.18, (0.8, -0.6, -0.5)), ((0.7, 0.6), 0.22, (-0.5, -0.3, 0.8))):
+    discs: Sequence[tuple[tuple[float, float], float, Sequence[float]]]
+    if plain:
+        picture = np.broadcast_to(np.array(plain.ground)[:, None, None] / 127.5 - 1, (3, side, side)).copy()
+        discs = [((0.5, 0.5), 0.27, [each / 127.5 - 1 for each in plain.disc])]
+    else:
+        picture = np.stack([0.8 * x - 0.4, 0.8 * y - 0.4, 0.4 - 0.8 * x * y])
+        discs = [((0.3, 0.3), 0.18, (0.8, -0.6, -0.5)), ((0.7, 0.6), 0.22, (-0.5, -0.3, 0.8))]
+    for at, radius, colour in discs:
         inside = np.hypot(x - at[0], y - at[1]) < radius
         picture[:, inside] = np.array(colour)[:, None]
     return picture.astype(np.float32)[None]
 
 
-def _through_vae(networks: Networks) -> tuple[Array, float]:
+def _through_vae(networks: Networks, plain: Disc | None) -> tuple[Array, float]:
     """The test picture's scaled latents, (4, h, w), and the error of the way back; never in fp16, which overflows."""
     vae: Any = networks.vae
     own = next(iter(vae.parameters())).dtype
     working = torch.float32 if own == torch.float16 else own
-    picture = torch.from_numpy(probe_picture(8 * side_of(networks)))
+    picture = torch.from_numpy(probe_picture(8 * side_of(networks), plain))
     vae.to(dtype=working)
     try:
         latents = vae.encode(picture.to(device=networks.device, dtype=working), return_dict=False)[0].mode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -24,11 +24,23 @@ DEFAULT_SET = "general"
 LARGEST = 1 << 20
 
 
+Colour: TypeAlias = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Disc:
+    """A picture for VAEs that know plain colours alone; colours from 0 to 255."""
+
+    ground: Colour
+    disc: Colour
+
+
 @dataclass(frozen=True, slots=True)
 class Probes:
     """One set of probes. `concepts` are prompts by the word the report calls them; `pairs` are such words.
 
-    `neutral` begins with the empty prompt. `timesteps` are of the 1000 that a model is trained on.
+    `neutral` begins with the empty prompt. `timesteps` are of the 1000 that a model is trained on. `picture` is
+    what the VAE is shown; None: soft colours, which any VAE of photographs knows.
     """
 
     name: str
@@ -38,11 +50,20 @@ class Probes:
     traced: str
     timesteps: tuple[int, ...]
     seeds: tuple[int, ...]
+    picture: Disc | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """Every prompt whose prediction is measured, each once."""
         return tuple(dict.fromkeys((*self.neutral, *self.concepts.values())))
+
+
+_Channels = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
+
+
+class _Picture(Table):
+    ground: _Channels
+    disc: _Channels
 
 
 class _Set(Table):
@@ -52,6 +73,7 @@ class _Set(Table):
     traced: str
     timesteps: list[Annotated[int, Field(ge=0, le=999)]] = Field(min_length=1)
     seeds: list[Seed] = Field(default=[1], min_length=1)
+    picture: _Picture | None = None
 
 
 def load_probes(path: str | Path | None = None, name: str | None = None) -> Probes:
@@ -68,6 +90,11 @@ def load_probes(path: str | Path | None = None, name: str | None = None) -> Prob
     if chosen not in data:
         raise where.error(f'There is no set of probes "{shown(chosen)}".', hint=did_you_mean(chosen, data))
     return _checked(chosen, data[chosen], where.at(chosen))
+
+
+def own_set(name: str | None) -> str | None:
+    """A name that a model says, if the package has a set of that name."""
+    return name if name in parse_text(_read(DEFAULT_PROBES))[0] else None
 
 
 def _read(file: Path) -> str:
@@ -102,7 +129,15 @@ def _checked(name: str, data: Any, where: Where) -> Probes:
         table.traced,
         tuple(dict.fromkeys(table.timesteps)),
         tuple(dict.fromkeys(table.seeds)),
+        _disc(table.picture),
     )
+
+
+def _disc(table: _Picture | None) -> Disc | None:
+    if table is None:
+        return None
+    ground, disc = ((red, green, blue) for red, green, blue in (table.ground, table.disc))
+    return Disc(ground, disc)
 
 
 _TAKES = {

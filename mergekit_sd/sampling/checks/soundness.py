@@ -42,9 +42,7 @@ def check_soundness(
 ) -> tuple[Check, ...]:
     """All of them; what cannot be told is not there."""
     seen = seen or Seen()
-    checks = [check_finite(model, child, seen)]
-    if seen.position_ids is not None:
-        checks.append(check_position_ids(model, seen.position_ids))
+    checks = [*check_file(model, child.nonfinite, seen, child.finite), check_empty(model, child)]
     if child.finite["UNet"]:
         checks.append(check_prediction(model, child.prediction, child.type_errors))
     if child.finite["VAE"]:
@@ -52,15 +50,28 @@ def check_soundness(
     return tuple(checks)
 
 
-def check_finite(model: str, child: Measured, seen: Seen) -> Check:
-    """NaN and Inf. In the weights or before the VAE it is a bad merge; after the VAE alone, its precision or itself."""
+def check_file(
+    model: str, nonfinite: Mapping[str, int], seen: Seen, finite: Mapping[str, bool] | None = None
+) -> tuple[Check, ...]:
+    """What can be told of a model that was not asked: its numbers, its position ids."""
+    checks = [check_finite(model, nonfinite, seen, finite or {})]
+    if seen.position_ids is not None:
+        checks.append(check_position_ids(model, seen.position_ids))
+    return tuple(checks)
+
+
+def check_finite(model: str, nonfinite: Mapping[str, int], seen: Seen, finite: Mapping[str, bool]) -> Check:
+    """NaN and Inf. In the weights or before the VAE it is a bad merge; after the VAE alone, its precision or itself.
+
+    `nonfinite`: of the weights, by tensor. `finite`: whether the networks' answers are, of those asked.
+    """
     name = shown(model)
-    figures = {"tensors": float(len(child.nonfinite)), "values": float(sum(child.nonfinite.values()))}
-    where = [part for part in ("text encoder", "UNet") if not child.finite[part]]
+    figures = {"tensors": float(len(nonfinite)), "values": float(sum(nonfinite.values()))}
+    where = [part for part in ("text encoder", "UNet") if not finite.get(part, True)]
     level: Level = "failed"
-    if child.nonfinite:
-        tensors = count(len(child.nonfinite), "tensor")
-        message = f"{name} holds NaN or Inf in {tensors}: {listed(child.nonfinite)}. The merge is bad; make it again."
+    if nonfinite:
+        tensors = count(len(nonfinite), "tensor")
+        message = f"{name} holds NaN or Inf in {tensors}: {listed(nonfinite)}. Make it again."
     elif where:
         message = (
             f"The {' and the '.join(where)} of {name} {'gives' if len(where) == 1 else 'give'} NaN or Inf though no "
@@ -70,7 +81,7 @@ def check_finite(model: str, child: Measured, seen: Seen) -> Check:
         message = (
             f"Making pictures of {name} ends in NaN before the VAE: the merge is bad, or the guidance far too strong."
         )
-    elif seen.nan_decode or not child.finite["VAE"]:
+    elif seen.nan_decode or not finite.get("VAE", True):
         message = (
             f"The VAE of {name} makes NaN, and not for want of precision: it is broken. "
             "The UNet is sound; give the model another VAE."
@@ -82,8 +93,18 @@ def check_finite(model: str, child: Measured, seen: Seen) -> Check:
             "Tools that do not do so show black pictures: use a VAE mended for fp16."
         )
     else:
-        level, message = "ok", f"Nothing in {name} is NaN or Inf, and no answer of its networks."
+        asked = ", and no answer of its networks" if finite else ""
+        level, message = "ok", f"Nothing in {name} is NaN or Inf{asked}."
     return Check("finite", "sound", level, model, message, figures)
+
+
+def check_empty(model: str, child: Measured) -> Check:
+    """Blocks and networks that are gone: a weight of 0 where there is nothing else, or a part left out."""
+    name, figures = shown(model), {"parts": float(len(child.empty))}
+    if not child.empty:
+        return Check("empty parts", "sound", "ok", model, f"No part of {name} is empty.", figures)
+    message = f"Every weight is 0 in these parts of {name}: {listed(child.empty, 12)}. Take them from a parent."
+    return Check("empty parts", "sound", "failed", model, message, figures)
 
 
 def check_position_ids(model: str, state: str) -> Check:

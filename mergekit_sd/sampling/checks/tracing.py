@@ -37,13 +37,20 @@ _TEXT_EMBEDDINGS = re.compile(r"(?:.+\.)?embeddings")
 class Unit:
     """One block: the module whose input is the block's (None: the network's own), and whose output is.
 
-    `time`: the embeddings of the time (and of SDXL's sizes), which are outputs, too, and inputs of all blocks.
+    `modules` are all it has. `time`: the embeddings of the time (and of SDXL's sizes), which are outputs, too,
+    and inputs of all blocks.
     """
 
     name: str
     entry: Module | None
     exit: Module
+    modules: tuple[Module, ...]
     time: tuple[Module, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every weight matrix and kernel of the block is 0."""
+        return is_empty(*self.modules)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +89,19 @@ def _unit(unet: Module, block: str, slots: Mapping[str, str]) -> Unit:
     # "out." follows all "output_blocks.": LDM's names sort as the modules run.
     chain = sorted((name for name in slots if name not in embeddings), key=lambda name: _running(slots[name]))
     entry = None if embeddings else unet.get_submodule(chain[0])
-    return Unit(block, entry, unet.get_submodule(chain[-1]), tuple(map(unet.get_submodule, embeddings)))
+    return Unit(
+        block,
+        entry,
+        unet.get_submodule(chain[-1]),
+        tuple(map(unet.get_submodule, slots)),
+        tuple(map(unet.get_submodule, embeddings)),
+    )
+
+
+def is_empty(*modules: Module) -> bool:
+    """Whether every weight matrix and kernel of the modules is 0; False where they have none."""
+    weights = [each for module in modules for each in module.parameters() if each.dim() > 1]
+    return bool(weights) and not any(bool(each.any()) for each in weights)
 
 
 def _running(name: str) -> tuple[int, tuple[int, ...]]:
@@ -94,9 +113,9 @@ def text_units(encoder: Module) -> list[Unit]:
     units = []
     for name, module in encoder.named_modules():
         if _TEXT_EMBEDDINGS.fullmatch(name):
-            units.append(Unit("embeddings", None, module))
+            units.append(Unit("embeddings", None, module, (module,)))
         elif layer := _TEXT_LAYER.fullmatch(name):
-            units.append(Unit(f"layer {int(layer[1]):02}", module, module))
+            units.append(Unit(f"layer {int(layer[1]):02}", module, module, (module,)))
     return units
 
 
