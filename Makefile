@@ -30,7 +30,7 @@ docs: $(VENV)/installed
 	$(PYTHON) -m mergekit_sd.reference > docs/operations.md
 
 picture: $(VENV)/installed
-	$(PYTHON) docs/picture.py docs/demo.svg
+	$(PYTHON) docs/picture.py docs
 
 # mergekit and lycoris are for tests that use their formulas alone: these need torch and no more.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -22,6 +22,7 @@ from mergekit_sd.errors import MergekitError, OutputExists
 from mergekit_sd.text import shown
 from mergekit_sd_tui import messages, plan_report
 from mergekit_sd_tui.actions import bindings
+from mergekit_sd_tui.drafting import moved
 from mergekit_sd_tui.editor import Editor
 from mergekit_sd_tui.recipe_file import ChangedOutside, Stamp, stamp_of, write_recipe
 from mergekit_sd_tui.screens.ask import AskPath
@@ -190,14 +191,15 @@ class RecipeScreen(WorkingScreen):
 
     def _write(self, draft: Draft, path: Path, expected: str | None, then: Then) -> None:
         path = path.absolute()
+        text = draft.text if draft.path else moved(draft.text, draft.folder, path.parent)
         try:
-            write_recipe(path, draft.text, expected)
+            write_recipe(path, text, expected)
         except ChangedOutside as error:
             self._ask_which(draft, path, error.found, then)
         except MergekitError as error:
             self.post_message(messages.Failed("Saving", error))
         else:
-            self._amend(draft.path, path, draft.text)
+            self._amend(draft.path, path, text)
             self._seen = (path, stamp_of(path))
             self._check()
             self._tell_state()
@@ -208,8 +210,11 @@ class RecipeScreen(WorkingScreen):
         """What a file holds is no edit: undo must not forget it."""
 
         def told(step: Workspace) -> Workspace:
-            here = step.draft.path == former
-            return replace(step, draft=replace(step.draft, path=path, saved=saved)) if here else step
+            draft = step.draft
+            if draft.path != former:
+                return step
+            text = draft.text if former else moved(draft.text, draft.folder, path.parent)
+            return replace(step, draft=Draft(text, path, saved))
 
         self.workbench.history = self.workbench.history.amended(told)
 
@@ -329,7 +334,7 @@ class RecipeScreen(WorkingScreen):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """In the text there is only Esc, outside only Enter, for the other."""
         if action in ("back", "write"):
-            return self._editor.has_focus == (action == "back")
+            return isinstance(self.focused, Editor) == (action == "back")  # asked before the screen is there, too
         return super().check_action(action, parameters)
 
     def action_back(self) -> None:
@@ -362,11 +367,15 @@ def _planned(draft: Draft) -> messages.Planned:
     """The plan, and what a run would raise before it computes."""
     report = None
     try:
-        plan = mk.plan(mk.parse_recipe(draft.text, draft.folder, draft.path))
+        recipe = mk.parse_recipe(draft.text, draft.folder, draft.path)
+    except MergekitError as error:
+        return messages.Planned(draft, None, error)
+    try:
+        plan = mk.plan(recipe)
         report = mk.plan_as_json(plan)
         mk.check_run(plan)
     except MergekitError as error:
-        return messages.Planned(draft, report, error)
+        return messages.Planned(draft, report, plan_report.placed(error, recipe))
     return messages.Planned(draft, report, None)
 
 
