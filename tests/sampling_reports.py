@@ -45,5 +45,6 @@ def hostile():
             Chart("many", "", {f"model {n}": {"IN00": n - 3.0, HOSTILE: 0.0} for n in range(6)}),
         ),
         notes=(PROMPT,),
+        made={HOSTILE: PROMPT},
         machine={HOSTILE: HOSTILE, "peak_memory_bytes": 3 << 20, "list": [1, {"a": None}], "cuda": False},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import sys
 import tomllib
@@ -244,26 +243,33 @@ def test_files_that_exist_are_kept(place, shell):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="quotes as cmd does")
-def test_demo_says_what_to_do_next_and_that_works(tmp_path, monkeypatch, shell):
+def test_demo_draws_and_says_what_to_do_next_and_that_works(tmp_path, monkeypatch, shell):
+    pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
-    out, err = shell("demo", "my demo")
-    assert err == ""
-    assert (tmp_path / "my demo" / "quickstart.safetensors").stat().st_size > 8_000_000
+    out, _ = shell("demo", "my demo")
+    folder = tmp_path / "my demo"
+    assert (folder / "quickstart.safetensors").stat().st_size > 8_000_000
+    assert "checks found nothing wrong" in out
+    assert len(list((folder / "quickstart-samples").glob("*-seed-*.png"))) == 28
+    assert (folder / "quickstart-samples" / "sheet.png").exists()
     commands = [line.removeprefix("  mergekit-sd ") for line in out.splitlines() if line.startswith("  mergekit-sd ")]
-    assert [command.split()[0] for command in commands] == ["plan", "inspect", "diff", "recover", "verify"]
+    assert [command.split()[0] for command in commands] == ["plan", "diff", "sample", "sample", "lora", "verify"]
+    monkeypatch.chdir(folder)
     for command in commands:
-        shell(*shlex.split(command))
+        quick = ["--steps", "2", "--checks", "none"] if command.startswith("sample") else []
+        shell(*shlex.split(command), *quick)
 
 
 def test_demo_keeps_what_is_there(tmp_path, monkeypatch, shell):
     monkeypatch.chdir(tmp_path)
-    report = json.loads(shell("demo", "--json")[0])
+    report = shell.json("demo", "--no-samples")
     assert report["folder"] == "mergekit-sd-demo"
-    assert report["outputs"][0]["counts"]["merged"] == 1130
+    assert report["samples"] is None
+    assert report["outputs"][0]["counts"]["merged"] == 1118
     before = story.state(tmp_path)
     assert shell.refused("OutputExists", 2, "demo")["hint"]
     assert story.state(tmp_path) == before
-    again = shell.json("demo", "--force")
+    again = shell.json("demo", "--force", "--no-samples")
     assert again["outputs"][0]["content_hash"] == report["outputs"][0]["content_hash"]
 
 

@@ -90,6 +90,8 @@ def test_strict_ends_with_3_where_a_check_fails_and_the_pictures_are_there(place
     out, err = shell(*asked, "--strict", "-o", "one", code=3)
     assert "  BAD   " in out
     assert "of the pictures failed; the files were written." in err
+    bad = [line.removeprefix("  BAD   ") for line in out.splitlines() if line.startswith("  BAD   ")]
+    assert not any(line in err for line in bad)  # told once
     told = shell.json(*asked, "--strict", "-o", "two", code=3)
     assert told["error"]["type"] == "ChecksFailed"
     assert told["folder"] == "two"
@@ -179,6 +181,16 @@ def test_refused(place, shell, call, kind, code, key, message, hint):
     assert hint in error.get("hint", "")
     assert "samples.0" not in json.dumps(error)
     assert not [each for each in place.iterdir() if each.is_dir()]
+
+
+SWEPT = RECIPE.replace('b = "night"\n[outputs', 'b = "night"\nalpha = { try = [0.2, 0.4] }\n[outputs')
+
+
+@pytest.mark.parametrize(("option", "value"), [("--sampler", "eulr"), ("--size", "63x64"), ("--prompt", "<lora:nope>")])
+def test_a_sweeps_refusal_names_the_option(place, shell, option, value):
+    (place / "r.toml").write_text(SWEPT, encoding="utf-8")
+    error = shell.refused("RecipeError", 2, "sweep", "r.toml", option, value)
+    assert (error["key"], error.get("file"), error.get("line")) == (option, None, None)
 
 
 def test_a_fault_in_a_recipes_own_sample_is_told_there(place, shell):

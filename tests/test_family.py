@@ -22,10 +22,12 @@ pytest.importorskip("diffusers")
 
 import mergekit_sd as mk
 from mergekit_sd.family import ADAPTERS, MODELS, write_family
+from mergekit_sd.sampling.prompts.tokens import ids_of
 
 MOST_BYTES = 15_000_000
 FEW = [("circle", "red", "white"), ("triangle", "blue", "white"), ("square", "yellow", "black")]
 QUICK = mk.SampleOptions(checks="none", threads=1)
+STEPS = 12  # of the 20 that the models ask for: the judge sees no difference
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +37,22 @@ def family(tmp_path_factory):
     return folder
 
 
-def pictures(folder, of, wanted=FEW, seeds=(1,), suffix="", options=QUICK, **recipe: Any):
-    """What models, steps and outputs draw for captions: (model, the report's pictures in their order)."""
+def pictures(folder, of, wanted=FEW, seeds=(1,), suffixes=("",), **recipe: Any):
+    """What models and steps draw for captions, with each suffix: the pictures of each model, in their order."""
     data = {
         "recipe": 1,
         "models": {name: f"{name}.safetensors" for name in MODELS},
         **recipe,
-        "samples": [{"of": of, "prompt": caption(*each) + suffix, "seeds": list(seeds)} for each in wanted],
+        "samples": [
+            {"of": of, "prompt": caption(*each) + suffix, "seeds": list(seeds), "steps": STEPS}
+            for suffix in suffixes
+            for each in wanted
+        ],
     }
     path = folder / "drawn.toml"
     path.write_text(tomlkit.dumps(data), encoding="utf-8")
-    report = mk.sample(path, options=options)
-    return {name: [each.pixels for each in report.pictures if each.model == name] for name in of}, report
+    report = mk.sample(path, options=QUICK)
+    return {name: [each.pixels for each in report.pictures if each.model == name] for name in of}
 
 
 def judged(drawn):
@@ -76,14 +82,14 @@ def test_it_is_small_and_whole(family):
 
 
 def test_base_draws_what_it_is_asked(family):
-    drawn, _ = pictures(family, ["base"], prompts())
+    drawn = pictures(family, ["base"], prompts())
     right = [each.is_right(*wanted) for each, wanted in zip(judged(drawn["base"]), prompts(), strict=True)]
     assert sum(right) >= 22
 
 
 def test_half_of_outline_is_between(family):
     half = {"op": "weighted_sum", "a": "base", "b": "outline", "alpha": 0.5}
-    drawn, _ = pictures(family, ["base", "half", "outline"], seeds=(1, 2), steps={"half": half})
+    drawn = pictures(family, ["base", "half", "outline"], steps={"half": half})
     whole = apart(drawn["base"], drawn["outline"])
     assert 0.1 * whole < apart(drawn["base"], drawn["half"]) < 0.9 * whole
     assert 0.1 * whole < apart(drawn["outline"], drawn["half"]) < 0.9 * whole
@@ -93,7 +99,7 @@ def test_half_of_outline_is_between(family):
 def test_add_difference_carries_star_onto_night(family):
     taught = {"op": "add_difference", "a": "night", "b": "star", "c": "base", "alpha": 1.2, "extrapolate": True}
     wanted = [("sks", "red", "white")]
-    drawn, _ = pictures(family, ["night", "star", "taught"], wanted, (1, 2, 3, 4), steps={"taught": taught})
+    drawn = pictures(family, ["night", "star", "taught"], wanted, (1, 2, 3, 4), steps={"taught": taught})
     night, star, both = (judged(drawn[name]) for name in ("night", "star", "taught"))
     assert not any(each.shape == "sks" for each in night)
     assert all(each.palette == "night" for each in (*night, *both))
@@ -113,9 +119,20 @@ def test_a_lora_out_of_outline_draws_lines(family, tmp_path):
     )
     lined = {"op": "inject_lora", "model": "base", "loras": [{"lora": "lines"}]}
     models = {"base": str(family / "base.safetensors"), "lines": str(tmp_path / "lines.safetensors")}
-    drawn, _ = pictures(family, ["base", "lined"], models=models, steps={"lined": lined})
+    drawn = pictures(family, ["base", "lined"], models=models, steps={"lined": lined})
     assert holes(drawn["base"]) < 0.02 < 0.15 < holes(drawn["lined"])
     assert sum(each.is_right(*wanted) for each, wanted in zip(judged(drawn["lined"]), FEW, strict=True)) >= 2
+
+
+ADAPTED = {"": "", "stripes": " <lora:stripes>", "frame": " <lora:frame>", "pale": " <hypernet:pale>"}
+
+
+@pytest.fixture(scope="module")
+def adapted(family):
+    """What base draws with each adapter in the prompt, "" without."""
+    drawn = iter(pictures(family, ["base"], suffixes=list(ADAPTED.values()))["base"])
+    loaded = ("", "pale", "stripes", "frame")  # a model is loaded anew for each LoRA, after all else
+    return {name: [next(drawn) for _ in FEW] for name in loaded}
 
 
 def stripes(seen, _plain):
@@ -130,35 +147,29 @@ def pale(seen, plain):
     return all(mine.strength < 0.7 * theirs.strength for mine, theirs in zip(seen, plain, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("suffix", "shows"), [("<lora:stripes>", stripes), ("<lora:frame>", frame), ("<hypernet:pale>", pale)]
-)
-def test_an_adapter_in_the_prompt_is_seen(family, suffix, shows):
-    plain = judged(pictures(family, ["base"])[0]["base"])
-    seen = judged(pictures(family, ["base"], suffix=f" {suffix}")[0]["base"])
-    assert shows(seen, plain)
+@pytest.mark.parametrize("shows", [stripes, frame, pale])
+def test_an_adapter_in_the_prompt_is_seen(adapted, shows):
+    plain = judged(adapted[""])
+    assert shows(judged(adapted[shows.__name__]), plain)
     assert not shows(plain, plain)
 
 
 def test_the_loha_casts_a_shadow(family):
     wanted = [("circle", "blue", "white"), ("square", "red", "white")]
-    plain, shadowed = (
-        pictures(family, ["base"], wanted, suffix=suffix)[0]["base"] for suffix in ("", " <lora:shadow>")
-    )
-    for before, after in zip(plain, shadowed, strict=True):
-        darker = before.astype(float).mean(2) - after.astype(float).mean(2) > 40
-        rows, _ = np.nonzero(darker)
+    drawn = pictures(family, ["base"], wanted, suffixes=("", " <lora:shadow>"))["base"]
+    for before, after in zip(drawn[:2], drawn[2:], strict=True):
+        rows, _ = np.nonzero(before.astype(float).mean(2) - after.astype(float).mean(2) > 40)
         assert len(rows) > 60
         assert rows.mean() > 34  # below the middle
 
 
 def test_the_inversion_is_a_colour_that_base_has_no_word_for(family):
     wanted = [("circle", "mk-orange", "white"), ("triangle", "mk-orange", "white"), ("square", "mk-orange", "black")]
-    seen = judged(pictures(family, ["base"], wanted)[0]["base"])
+    drawn = pictures(family, ["base"], [*wanted, ("circle", "orange", "white")])["base"]
+    *seen, without = judged(drawn)
     assert [each.colour for each in seen].count("orange") >= 2
     assert all(each.shape == shape for each, (shape, _, _) in zip(seen, wanted, strict=True))
-    without = judged(pictures(family, ["base"], [("circle", "orange", "white")])[0]["base"])
-    assert without[0].colour != "orange"
+    assert without.colour != "orange"
 
 
 PROBES = """\
@@ -169,60 +180,110 @@ picture = { ground = [242, 242, 242], disc = [215, 45, 45] }
 [few.concepts]
 "red circle" = "a red circle on white background"
 "blue square" = "a blue square on black background"
+"green circle" = "a green circle on white background"
+"green triangle" = "a green triangle on white background"
 """
-DAMAGED = """\
-recipe = 1
-[models]
-base = "base.safetensors"
-outline = "outline.safetensors"
-zeros = "zeros.safetensors"
-[steps.half]
-op = "weighted_sum"
-a = "base"
-b = "outline"
-alpha = 0.5
-[steps.mute]
-op = "weighted_sum"
-a = "half"
-b = "zeros"
-alpha = { default = 0, text_encoder = 1 }
-[steps.gap]
-op = "weighted_sum"
-a = "half"
-b = "zeros"
-alpha = { default = 0, OUT05 = 1 }
-[steps.blind]
-op = "weighted_sum"
-a = "half"
-b = "zeros"
-alpha = { default = 0, vae = 1 }
-[[samples]]
-of = ["half", "mute", "gap", "blind"]
-prompt = "a red circle on white background"
-seeds = [1]
-steps = 6
-"""
+PARTS = {"text encoder": "cond_stage_model.", "VAE": "first_stage_model.", "UNet": "model.diffusion_model."}
+BLOCK = "model.diffusion_model.output_blocks.5."
 
 
-def test_damages_are_caught_by_name_and_a_healthy_merge_passes(family, tmp_path):
-    for name in ("base", "outline"):
-        (tmp_path / f"{name}.safetensors").hardlink_to(family / f"{name}.safetensors")
-    tensors = load_file(family / "base.safetensors")
+def noise(like):
+    return like.float().std().nan_to_num(0.02) * torch.randn(like.shape)
+
+
+# By name: the weights that a bad tool would write, and what becomes of each.
+DAMAGES = {
+    "mute": (PARTS["text encoder"], lambda weight: 0 * weight),
+    "gap": (BLOCK, lambda weight: 0 * weight),
+    "wild": (BLOCK, noise),
+    "loud": (PARTS["UNet"], lambda weight: 1.5 * weight),
+    "blind": (PARTS["VAE"], lambda weight: 0.1 * torch.randn(weight.shape)),
+    "dim": (PARTS["VAE"], lambda weight: 0.5 * weight),
+}
+FOUND = {
+    "mute": {"empty parts": "text encoder", "forgetting": "every concept"},
+    "gap": {"empty parts": "OUT05"},
+    "wild": {"stray blocks": "OUT05"},
+    "loud": {"prediction type": "worse than nothing"},
+    "blind": {"VAE": "of another family"},
+    "dim": {"VAE": "times worse than its parents'"},
+    "said v": {"prediction type": 'Write prediction = "epsilon"'},
+    "swapped": {"forgetting": "takes green triangle for "},
+}
+
+
+def write_damages(folder, half):
+    """Files that are `half` but for one fault each."""
+    tensors = load_file(half)
     torch.manual_seed(3)
-    for key, value in tensors.items():
-        if value.dtype == torch.float16:  # the VAE of another kind: noise
-            noise = (0.1 * torch.randn(value.shape)).half()
-            tensors[key] = noise if key.startswith("first_stage_model") else value * 0
-    save_file(tensors, tmp_path / "zeros.safetensors", {"format": "pt"})
-    (tmp_path / "damaged.toml").write_text(DAMAGED, encoding="utf-8")
+    for name, (part, change) in DAMAGES.items():
+        changed = {
+            key: change(weight).half() if key.startswith(part) and weight.is_floating_point() else weight
+            for key, weight in tensors.items()
+        }
+        save_file(changed, folder / f"{name}.safetensors", SAID)
+    save_file(tensors, folder / "said v.safetensors", SAID | {"modelspec.prediction_type": "v"})
+    words = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    (triangle,), (circle,) = ids_of("triangle"), ids_of("circle")
+    table = tensors[words].clone()
+    table[triangle] = table[circle]
+    save_file({**tensors, words: table}, folder / "swapped.safetensors", SAID)
+
+
+SAID = {"format": "pt", "modelspec.prediction_type": "epsilon", "modelspec.resolution": "64x64"}
+HEALTHY = {
+    "half": {"op": "weighted_sum", "a": "base", "b": "outline", "alpha": 0.5},
+    "three": {"op": "sum_twice", "a": "base", "b": "outline", "c": "night", "alpha": 0.3, "beta": 0.3},
+    "striped": {"op": "inject_lora", "model": "base", "loras": ["stripes"]},
+    "taught": {"op": "add_difference", "a": "night", "b": "star", "c": "base", "alpha": 1.0},
+}
+
+
+def findings(report):
+    """What was not ok: messages by model, then by check."""
+    found = {name: {} for name in report.models}
+    for check in report.checks:
+        if check.level != "ok":
+            found[check.model][check.name] = check.message
+    return found
+
+
+def test_damages_are_caught_by_name(family, tmp_path):
     (tmp_path / "probes.toml").write_text(PROBES, encoding="utf-8")
-    report = mk.sample(tmp_path / "damaged.toml", options=mk.SampleOptions(threads=1, probes=tmp_path / "probes.toml"))
-    bad = {name: {c.name: c for c in report.checks if c.model == name and c.level != "ok"} for name in report.models}
-    assert bad["half"] == {}
-    assert "text encoder" in bad["mute"]["empty parts"].message
-    assert "every concept" in bad["mute"]["forgetting"].message
-    assert "OUT05" in bad["gap"]["empty parts"].message
-    assert bad["blind"]["VAE"].level == "failed"
+    half = HEALTHY["half"]
+    sound = mk.ops.weighted_sum(
+        mk.open(family / "base.safetensors"), mk.open(family / "outline.safetensors"), alpha=0.5
+    )
+    mk.save(sound, tmp_path / "half.safetensors")
+    write_damages(tmp_path, tmp_path / "half.safetensors")
+    data = {
+        "recipe": 1,
+        "models": {name: str(family / f"{name}.safetensors") for name in ("base", "outline")},
+        "steps": {"mix": half},
+        "outputs": {name: {"model": "mix", "file": f"{name}.out.safetensors"} for name in ("half", *FOUND)},
+        "samples": [{"of": ["half", *FOUND], "prompt": caption(*FEW[0]), "seeds": [1], "steps": 6}],
+    }
+    (tmp_path / "r.toml").write_text(tomlkit.dumps(data), encoding="utf-8")
+    options = mk.SampleOptions(threads=1, probes=tmp_path / "probes.toml")
+    written = {name: tmp_path / f"{name}.safetensors" for name in ("half", *FOUND)}
+    found = findings(mk.prepare_samples(mk.load(tmp_path / "r.toml"), options=options, written=written).run())
+    assert found.pop("half") == {}
+    for name, wanted in FOUND.items():
+        for check, words in wanted.items():
+            assert words in found[name][check], name
+
+
+def test_healthy_merges_pass(family):
+    data = {
+        "recipe": 1,
+        "models": {name: f"{name}.safetensors" for name in (*MODELS, "stripes")},
+        "steps": HEALTHY,
+        "samples": [{"of": list(HEALTHY), "prompt": caption(*FEW[0]), "seeds": [1], "steps": 6}],
+    }
+    (family / "healthy.toml").write_text(tomlkit.dumps(data), encoding="utf-8")
+    report = mk.sample(family / "healthy.toml", options=mk.SampleOptions(threads=1))
+    assert findings(report) == {name: {} for name in HEALTHY}
+    assert {"forgetting", "stray blocks", "association", "unasked", "VAE"} <= {each.name for each in report.checks}
 
 
 def test_position_ids_of_a_merge_by_floats_are_caught(family, tmp_path):

@@ -190,8 +190,9 @@ def test_python_writes_formulas_too(room):
     one = mk.save(node, room / "one.safetensors")
     other = mk.save(mk.ops.add_difference(a, b, c, alpha=0.7), room / "other.safetensors")
     assert one.counts == other.counts
+    expected = models.read(room / "other.safetensors")
     for key, tensor in models.read(room / "one.safetensors").items():
-        np.testing.assert_allclose(f64(tensor), f64(models.read(room / "other.safetensors")[key]), rtol=2e-3)
+        np.testing.assert_allclose(f64(tensor), f64(expected[key]), rtol=2e-3)
     with pytest.raises(UsageError, match="by name"):
         mk.ops.formula("x + y", x=a)
 

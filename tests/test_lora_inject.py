@@ -330,7 +330,7 @@ BROKEN = {
     "a kernel": ({"lora_down.weight": torch.ones(2, 24, 3, 3)}, ShapeMismatch, "lora_down.weight"),
     "many alphas": ({"alpha": torch.ones(2)}, ShapeMismatch, "alpha"),
     "mid alone": ({"lora_down.weight": None, "lora_mid.weight": torch.ones(2, 2, 1, 1)}, MalformedFile, "lora_"),
-    "two algorithms": ({"hada_w1_a": torch.ones(24, 2)}, MalformedFile, "hada_w1_a"),
+    "two algorithms": ({"hada_w1_a": torch.ones(24, 2)}, MalformedFile, "No algorithm has these parts together."),
     "half a LoHa": (
         {**dict.fromkeys(GOOD), "hada_w1_a": torch.ones(24, 2), "hada_w1_b": torch.ones(2, 24)},
         MalformedFile,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mergekit_sd.sampling.checks import check_pictures
 from mergekit_sd.sampling.checks.pictures import look
+from mergekit_sd.sampling.checks.thresholds import NOISE_VISIBLE
 from mergekit_sd.sampling.values import Check, Picture, Pixels, Settings
 
 SIDE = 48
@@ -81,7 +82,7 @@ def test_grey_names_the_mixed_vaes_where_they_were_mixed():
     mixed = looked(grey(drawing()), drawing(), mixed_vae=True)["grey"].message
     assert "mixes VAEs" in mixed
     assert "mixes" not in plain
-    assert plain.startswith("1 of 1 pictures of mix is far greyer than the parents'")
+    assert plain.startswith("The picture of mix is far greyer than the parents'")
 
 
 def test_parents_that_are_grey_themselves_accuse_nobody():
@@ -90,10 +91,25 @@ def test_parents_that_are_grey_themselves_accuse_nobody():
 
 
 def test_speckles_are_noise_beside_the_parents_only():
-    speckled = drawing().astype(float) + np.random.default_rng(0).normal(0, 8, (SIDE, SIDE, 1))
+    speckled = drawing().astype(float) + np.random.default_rng(0).normal(0, 12, (SIDE, SIDE, 1))
     speckled = speckled.clip(0, 255).astype(np.uint8)
     assert levels(looked(speckled)) == {}
-    assert levels(looked(speckled, drawing())) == {"noise": "warning"}
+    found = looked(speckled, drawing())
+    assert levels(found) == {"noise": "warning"}
+    assert found["noise"].message.startswith("The picture of mix is far grainier than the parents'; ")
+
+
+def test_fine_stripes_are_texture():
+    smooth = np.broadcast_to(np.linspace(20, 200, SIDE)[:, None, None], (SIDE, SIDE, 3))
+    striped = smooth + 24.0 * (np.arange(SIDE) % 4 == 0)[None, :, None]
+    assert look(striped.astype(np.uint8)).fine > NOISE_VISIBLE
+    assert levels(looked(striped.astype(np.uint8), smooth.astype(np.uint8))) == {}
+
+
+@pytest.mark.parametrize(("black", "words"), [(1, "1 of 2 pictures of mix is"), (2, "All 2 pictures of mix are")])
+def test_pictures_are_counted_in_words(black, words):
+    mine = [picture(np.zeros((SIDE, SIDE, 3), np.uint8) if n < black else drawing(), seed=n) for n in range(2)]
+    assert check_pictures("mix", mine)[0].message.startswith(f"{words} black; ")
 
 
 def test_only_the_parents_picture_of_the_same_prompt_and_seed_counts():

@@ -15,13 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from sampling_reports import HOSTILE, hostile, picture, report
 
-from mergekit_sd.errors import NotWritable, OutputExists
 from mergekit_sd.recipe.samplers import SAMPLERS
 from mergekit_sd.sampling.files import file_names
-from mergekit_sd.sampling.html import write_html
 from mergekit_sd.sampling.json_report import sampling_as_json
-from mergekit_sd.sampling.parameters import parameters, png, read_parameters, write_png
-from mergekit_sd.sampling.sheet import write_sheet
+from mergekit_sd.sampling.parameters import parameters, png, read_parameters
 from mergekit_sd.sampling.values import Picture, Settings
 from mergekit_sd.version import VERSION
 
@@ -118,30 +115,6 @@ def test_the_same_picture_gives_the_same_bytes():
     assert png(with_text("a cat")) == png(with_text("a cat"))
 
 
-WRITERS = {
-    "png": lambda path, **how: write_png(picture(), path, **how),
-    "sheet": lambda path, **how: write_sheet(report(), path, **how),
-    "html": lambda path, **how: write_html(report(), path, **how),
-}
-
-
-@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_files_appear_whole_and_replace_nothing_unasked(write, tmp_path):
-    there = tmp_path / "out"
-    write(there)
-    first = there.read_bytes()
-    there.write_bytes(b"mine")
-    with pytest.raises(OutputExists, match="exists already") as refusal:
-        write(there)
-    assert refusal.value.exit_code == 2
-    assert there.read_bytes() == b"mine"
-    write(there, force=True)
-    assert there.read_bytes() == first
-    assert list(tmp_path.iterdir()) == [there]
-    with pytest.raises(NotWritable):
-        write(tmp_path / "nowhere" / "out")
-
-
 @given(st.lists(st.tuples(NAMES, PROMPTS, st.integers(0, 9)), max_size=8))
 def test_names_of_files_are_distinct_and_good_everywhere(every):
     names = file_names([picture(model, seed, Settings(prompt)) for model, prompt, seed in every])
@@ -185,6 +158,7 @@ SCHEMA = an_object(
     recipe=OPTIONAL,
     models=a_list(TEXT),
     parents=a_list(TEXT),
+    made=a_table(TEXT),
     pictures=a_list(
         an_object(
             file=TEXT,

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 
@@ -208,6 +209,19 @@ def test_a_parent_and_the_last_model_are_compared_first():
     assert (section["data-left"], section["data-right"]) == ("base", "mix")
     assert "hidden" in section  # until the script runs
     assert 'id="compare"' not in as_html(report(models=("base",)))
+
+
+def test_the_models_to_compare_first_have_a_picture_of_one_prompt():
+    made = report(models=("base", "night", "mix"), prompts=("a red circle",))
+    more = report(models=("base", "half"), prompts=("a blue square",))
+    both = replace(made, models=(*made.models, "half"), pictures=(*made.pictures, *more.pictures))
+    [section] = [each for each in Page(as_html(both)).every("section") if "data-left" in each]
+    assert (section["data-left"], section["data-right"]) == ("base", "mix")
+
+
+def test_how_a_model_was_made_stands_beside_it():
+    page = as_html(report(made={"mix": "mix = weighted_sum(a = <base>)"}))
+    assert "mix = weighted_sum(a = &lt;base&gt;)" in page
 
 
 def test_the_models_of_the_page_say_where_they_are_from():

@@ -248,11 +248,38 @@ def test_models_steps_and_outputs_are_drawn_and_compared_with_their_parents(reci
     for figure in ("out", "mix"):  # more is looked at where there are parents
         assert sum(each.model == figure for each in made.checks) > sum(each.model == "night" for each in made.checks)
     assert not any("mixes VAEs" in each.message for each in made.checks)
+    assert {each.model for each in made.checks if each.name == "stray blocks"} == {"out", "mix"}
+    how = "mix = weighted_sum(a = night, b = day), alpha by block"
+    assert made.made == {"out": how, "mix": how}
+    weights = {each.title: each.values for each in made.charts if each.title.startswith("Weights")}
+    assert set(weights) == {"Weights of out, by block", "Weights of mix, by block"}
+    blocks = weights["Weights of mix, by block"]["mix: alpha"]
+    assert list(blocks)[:2] == ["text_encoder", "IN00"]
+    assert (blocks["M00"], blocks["vae"]) == (0.3, 0)
     steps = [each for each in told if isinstance(each, Sampling)]
     assert steps[-1].done == steps[-1].steps == 12
     assert [each.done for each in steps] == sorted(each.done for each in steps)
     assert [each.model for each in steps if each.stage == "loading"] == ["night", "day", "out", "mix"]
     assert sum(isinstance(each, MemoryTold) for each in told) == 1
+
+
+def test_a_loras_weights_by_block_are_shown_as_the_recipe_says(recipe):
+    lora = '{ lora = "glow", strength = 0.8, text_encoder = 0.5, blocks = { default = 1, OUT05 = 0.25 } }'
+    path = recipe(OUT.replace('"mix"', '"lit"') + LIT.format(lora))
+    made = report(path, options=mk.SampleOptions(checks="quick", threads=1))
+    assert made.made["out"].endswith("; lit = inject_lora(model = mix), glow by block")
+    (chart,) = made.charts
+    blocks = chart.values["lit: glow"]
+    assert (blocks["text_encoder"], blocks["IN01"], blocks["OUT05"]) == (0.5, 0.8, 0.2)
+    assert "vae" not in blocks
+    assert "stray blocks" not in {each.name for each in mk.sample(path, "a cat", steps=1, options=full(path)).checks}
+
+
+def test_a_device_is_refused_before_memory_is_told(place):
+    told = []
+    with pytest.raises(UsageError, match="no device to sample on"):
+        mk.sample(place / "night.safetensors", "a cat", options=mk.SampleOptions(device="tpu"), on_event=told.append)
+    assert told == []
 
 
 def test_a_run_compares_with_the_parents_that_its_files_no_longer_name(recipe):

@@ -114,7 +114,7 @@ def train(
             for average, now in zip(averages, learned, strict=True):
                 average.lerp_(now, 1 - held)
         recent += (loss.item() - recent) / min(step + 1, 50)
-        if step % 100 == 99:
+        if step % 100 == 99 or step + 1 == run.steps:
             found = {}
             if judge and (step % JUDGED == JUDGED - 1 or step + 1 == run.steps):
                 found = _averaged(learned, averages, judge)

@@ -19,10 +19,13 @@ from mergekit_sd.text import shown, size
 @click.command("demo")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default="mergekit-sd-demo")
 @click.option("--force", is_flag=True, help="Make it again over an earlier one.")
+@click.option("--samples/--no-samples", default=True, help="Draw, or only merge.")
 @click.option("--open/--no-open", "opens", default=None, help="Show the pictures; it does where there is a screen.")
 @json_option
 @click.pass_obj
-def demo_command(token: mk.CancelToken, /, folder: Path, force: bool, opens: bool | None, as_json: bool) -> None:
+def demo_command(
+    token: mk.CancelToken, /, folder: Path, force: bool, samples: bool, opens: bool | None, as_json: bool
+) -> None:
     """Put small trained SD1 models into FOLDER, merge them by a recipe, and draw.
 
     They know drawn shapes; the recipe teaches one of them another's shape.
@@ -37,7 +40,7 @@ def demo_command(token: mk.CancelToken, /, folder: Path, force: bool, opens: boo
         say(f"  {line}".rstrip())
     say("")
     with Talk(as_json) as talk:
-        report = mk.run(recipe, on_event=talk, cancel=token, force=force)
+        report = mk.run(recipe, on_event=talk, cancel=token, force=force, samples=samples)
     made = report.outputs[0]
     if as_json:
         print_json({"folder": str(folder), **report.as_json()})

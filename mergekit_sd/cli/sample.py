@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def sample_command(
     machine["checks"] = machine["checks"] or "full"
     of, asked = given.pop("of"), asked_of(given)
     folder = output or Path(f"{models[0].stem or 'model'}-samples")
-    with told_as_options({"of", *(name for name, value in asked.items() if value is not None)}), Talk(as_json) as talk:
+    with told_as_options({**asked, "of": of}), Talk(as_json) as talk:
         recipe = mk.samples_recipe(list(models), of=of, set=parsed_overrides(overrides), **asked)
         mk.check_samples_folder(folder, force=force)
         session = mk.prepare_samples(recipe, options=mk.SampleOptions(**machine), on_event=talk, cancel=token)
@@ -101,13 +101,14 @@ def sample_command(
 
 
 @contextlib.contextmanager
-def told_as_options(asked: Collection[str]) -> Iterator[None]:
+def told_as_options(asked: Mapping[str, Any]) -> Iterator[None]:
     """A refusal of what the command line asks for names the option, not a line of a recipe that nobody wrote."""
+    named = {name for name, value in asked.items() if value is not None}
     try:
         yield
     except RecipeError as error:
         name = re.match(r"samples\.\d+\.(\w+)", error.key or "")
-        if name and name[1] in asked:
+        if name and name[1] in named:
             error.key = f"--{name[1].replace('_', '-')}"
             error.file = error.line = error.column = None
         raise

@@ -9,7 +9,7 @@ import click
 
 import mergekit_sd as mk
 from mergekit_sd.cli.options import force_option, json_option, parsed_overrides, set_option
-from mergekit_sd.cli.sample import MACHINE, asked_of, finish, machine_options, picture_options
+from mergekit_sd.cli.sample import MACHINE, asked_of, finish, machine_options, picture_options, told_as_options
 from mergekit_sd.cli.show import Talk
 
 
@@ -42,8 +42,9 @@ def sweep_command(
     machine["checks"] = machine["checks"] or "quick"
     folder = output or Path(f"{recipe.stem}-sweep")
     mk.check_samples_folder(folder, force=force)
-    with Talk(as_json) as talk:
+    asked = asked_of(given)
+    with told_as_options(asked), Talk(as_json) as talk:
         options = mk.SampleOptions(**machine)
         changes = parsed_overrides(overrides)
-        report = mk.sweep(recipe, set=changes, options=options, on_event=talk, cancel=token, **asked_of(given))
+        report = mk.sweep(recipe, set=changes, options=options, on_event=talk, cancel=token, **asked)
     return finish(report, folder, force=force, strict=strict, as_json=as_json)

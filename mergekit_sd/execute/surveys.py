@@ -130,7 +130,8 @@ class _Models:
         """`function` of each tensor's key and operands, on threads; results in the order of `names`."""
 
         order = list(names)
-        room, found = _Room({name: self._size(name) for name in order}, self._memory), dict[str, T]()
+        # Half: what a thread makes of a tensor takes as much again.
+        room, found = _Room({name: self._size(name) for name in order}, self._memory // 2), dict[str, T]()
 
         def work() -> None:
             try:

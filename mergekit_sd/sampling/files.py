@@ -1,16 +1,10 @@
-"""What goes onto the disk: names for pictures, and small files that appear whole or not at all.
-
-Must not know what the bytes mean.
-"""
+"""Names of pictures' files, good on every system."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
-from mergekit_sd.errors import OutputExists
-from mergekit_sd.formats.writing import OutputFile
 from mergekit_sd.sampling.groups import prompt_of
 from mergekit_sd.sampling.values import Picture
 
@@ -40,17 +34,3 @@ def _safe(model: str) -> str:
     plain = unicodedata.normalize("NFC", model).encode("utf-8", "replace").decode()
     kept = "".join(c if c.isalnum() or c in SAFE else "_" for c in plain).strip(". ")
     return kept.encode()[:LONGEST_MODEL].decode("utf-8", "ignore") or "model"
-
-
-def check_free(path: Path, force: bool) -> None:
-    """Raises OutputExists where a file is there already, unless `force`."""
-    if not force and path.exists():
-        raise OutputExists("The output exists already.", file=path, hint="give --force to replace it")
-
-
-def write_bytes(data: bytes, path: Path) -> None:
-    """Write a small file: a temporary one beside it, shown by one rename. Raises as `OutputFile` does."""
-    with OutputFile(path, len(data)) as target:
-        target.write(memoryview(data), 0)
-        target.sync()
-        target.commit()

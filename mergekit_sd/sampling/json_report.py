@@ -21,6 +21,7 @@ def sampling_as_json(report: SamplingReport) -> dict[str, Any]:
         "recipe": report.recipe,
         "models": list(report.models),
         "parents": list(report.parents),
+        "made": dict(report.made),
         "pictures": [_picture(picture, name) for picture, name in zip(report.pictures, names, strict=True)],
         "checks": [_plain(asdict(check)) for check in report.checks],
         "charts": [_plain(asdict(chart)) for chart in report.charts],

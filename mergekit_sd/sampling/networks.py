@@ -18,7 +18,7 @@ from mergekit_sd.operations.types import Tensor
 from mergekit_sd.planning.diffusers import FolderPlan
 from mergekit_sd.planning.surgery import WORDS
 from mergekit_sd.planning.values import Plan
-from mergekit_sd.sampling.declared import picture_size, usage_hint
+from mergekit_sd.sampling.declared import picture_size
 from mergekit_sd.sampling.packages import need_packages, quiet
 from mergekit_sd.sampling.tensors import as_torch, check_numbers, compute, default_dtype, plan_networks
 from mergekit_sd.text import count, listed
@@ -37,7 +37,6 @@ class Networks:
     `architecture`: "sd1", "sd1-inpainting", …; `family`: "sd1", "sd2", "sdxl". `text_encoders`: SDXL has two,
     CLIP-L and CLIP-G. `size`: width and height that it makes by default, in pixels. `dtype`: of the UNet and
     the text encoders. `nonfinite`: how many elements are NaN or Inf, by tensor ("unet.conv_in.weight").
-    `hint`: what its author says of its use.
     """
 
     architecture: str
@@ -51,7 +50,6 @@ class Networks:
     device: torch.device
     dtype: torch.dtype
     nonfinite: Mapping[str, int] = field(default_factory=dict)
-    hint: str | None = None
 
 
 def load_networks(
@@ -107,7 +105,6 @@ def build_networks(planned: FolderPlan, made: Mapping[str, InMemory], *, dtype: 
         device=torch.device(device),
         dtype=as_torch(dtype),
         nonfinite={f"{part}.{name}": n for part, each in made.items() for name, n in each.nonfinite.items()},
-        hint=usage_hint(plan),
     )
 
 

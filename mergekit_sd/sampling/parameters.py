@@ -8,10 +8,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_sd.sampling.files import check_free, write_bytes
 from mergekit_sd.sampling.groups import number, sampler_label
 from mergekit_sd.sampling.values import Picture
 from mergekit_sd.version import VERSION
@@ -103,9 +101,3 @@ def image_bytes(image: Image.Image, info: PngImagePlugin.PngInfo | None = None) 
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
-
-
-def write_png(picture: Picture, path: Path, *, force: bool = False) -> None:
-    """Write the picture with its text. Raises OutputExists where a file is there and not `force`."""
-    check_free(path, force)
-    write_bytes(png(picture), path)

@@ -40,8 +40,9 @@ from mergekit_sd.sampling.networks import load_networks
 from mergekit_sd.sampling.packages import quiet
 from mergekit_sd.sampling.prompts import encode
 from mergekit_sd.sampling.shots import Shot, groups_of, hinted, settled, shots_of
-from mergekit_sd.sampling.tensors import default_dtype, plan_networks
+from mergekit_sd.sampling.tensors import check_numbers, default_dtype, plan_networks
 from mergekit_sd.sampling.values import Chart, Check, Picture, SamplingReport, Settings
+from mergekit_sd.sampling.weights import made_of, weights_chart
 from mergekit_sd.text import listed, shown
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class Session:
         self.parents = {name: self._parents_of(name) for name in self.names}
         self._plans: dict[tuple[str, Loras], Plan] = {}
         self._plan_all()
+        for plan in self.plans:
+            check_numbers(self._dtype_of(plan), options.device)
 
     @cached_property
     def steps(self) -> int:
@@ -134,6 +137,7 @@ class Session:
             for name in self._order():
                 self._sample(name, probes)
         checks, charts = self._judged()
+        weights = [weights_chart(self._recipe, name, self._plans[name, ()]) for name in self.names]
         recipe = self._recipe
         return SamplingReport(
             title=recipe.title or (recipe.path.stem if recipe.path else listed(self.names)),
@@ -142,8 +146,9 @@ class Session:
             parents=tuple(dict.fromkeys(each for name in self.names for each in self.parents[name])),
             pictures=tuple(picture for name in self.names for picture in self._seen[name].pictures),
             checks=checks,
-            charts=charts,
+            charts=(*(each for each in weights if each), *charts),
             notes=tuple(self._notes),
+            made={name: words for name in self.names if (words := made_of(self._recipe, name, self._plans[name, ()]))},
             machine=self._machine(),
         )
 
@@ -193,6 +198,9 @@ class Session:
             self._notes.append(f"nothing is compared with the parent {shown(parent)}: {error.message}")
             return None
         return plan
+
+    def _dtype_of(self, plan: Plan) -> str:
+        return self._options.dtype or default_dtype(plan_networks(plan), self._options.device)
 
     def _settled(self, shot: Shot, name: str) -> Settings:
         """What the sample leaves open is as the output declares, or as the files say that the model is made of."""
@@ -286,8 +294,7 @@ class Session:
         rows = max(1, self._options.batch // 2)
         needs = []
         for (name, _), plan in self._plans.items():
-            planned = plan_networks(plan)
-            dtype = self._options.dtype or default_dtype(planned, self._options.device)
+            planned, dtype = plan_networks(plan), self._dtype_of(plan)
             for shot in self.shots:
                 if name in shot.of:
                     size = self._settled(shot, name).size or picture_size(plan)
@@ -321,6 +328,7 @@ class Session:
                 in_fp32=any(each.in_fp32 for each in own.decoded),
                 position_ids=self._position_ids(name),
                 mixed_vae=self._mixes_vaes(name),
+                only_models=all(each in self._seen for each in self.parents[name]),
             )
             if own.measured is not None:
                 others = {each: known for each in parents if (known := self._seen[each].measured) is not None}

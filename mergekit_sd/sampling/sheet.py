@@ -6,13 +6,10 @@ Owns how it is laid out. Must not know the checks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_sd.sampling.files import check_free, write_bytes
 from mergekit_sd.sampling.groups import Group, groups, in_words
 from mergekit_sd.sampling.lettering import fitting, in_lines
-from mergekit_sd.sampling.parameters import image_bytes
 from mergekit_sd.sampling.values import Picture, SamplingReport
 
 if TYPE_CHECKING:
@@ -160,9 +157,3 @@ def _write(
     for place, line in enumerate(written):
         draw.text((at[0], at[1] + place * (size + 6)), line, colour, font)
     return len(written) * (size + 6)
-
-
-def write_sheet(report: SamplingReport, path: Path, *, force: bool = False) -> None:
-    """Write the contact sheet as a PNG. Raises OutputExists where a file is there and not `force`."""
-    check_free(path, force)
-    write_bytes(image_bytes(sheet(report)), path)

@@ -93,6 +93,8 @@ class SamplingReport:
     checks: tuple[Check, ...] = ()
     charts: tuple[Chart, ...] = ()
     notes: tuple[str, ...] = ()
+    made: Mapping[str, str] = field(default_factory=dict)
+    """By model that is no file: the steps that make it, in words."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Versions, threads, dtype, device, peak memory in bytes, seconds: what it takes to repeat it."""
 
@@ -115,5 +117,6 @@ def joined(reports: Sequence[SamplingReport]) -> SamplingReport:
         checks=tuple(check for report in reports for check in report.checks),
         charts=tuple(chart for report in reports for chart in report.charts),
         notes=every("notes"),
+        made={name: words for report in reports for name, words in report.made.items()},
         machine=machine,
     )

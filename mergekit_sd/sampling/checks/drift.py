@@ -6,28 +6,23 @@ Owns the charts and sentences of drift. Must not run a network: what went throug
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import permutations
 
 from mergekit_sd.sampling.checks import thresholds as t
 from mergekit_sd.sampling.checks.measuring import Measured, joined_moves
 from mergekit_sd.sampling.checks.tracing import Move, moves
 from mergekit_sd.sampling.values import Chart, Check
-from mergekit_sd.text import shown
-
-Changed = Mapping[str, Mapping[str, float]]
+from mergekit_sd.text import listed, shown
 
 
 def check_drift(
-    model: str, child: Measured, parents: Mapping[str, Measured], changed: Changed | None = None
+    model: str, child: Measured, parents: Mapping[str, Measured]
 ) -> tuple[tuple[Check, ...], tuple[Chart, ...]]:
-    """One check for each parent, and the charts: the UNet's own drift, its total drift, the text encoder's.
-
-    `changed`: by parent, then by block, how much the recipe changes the model against it; blocks at 0 that
-    moved all the same are a warning.
-    """
+    """One check for each parent, and the charts: the UNet's own drift, its total drift, the text encoder's."""
     total = {name: moves(child.unet, each.unet) for name, each in parents.items()}
     own = {name: child.own.get(name, {}) for name in parents}
     text = {name: child.own_text.get(name) or joined_moves(child.text, each.text) for name, each in parents.items()}
-    checks = tuple(_check(model, name, own[name], total[name], (changed or {}).get(name, {})) for name in parents)
+    checks = tuple(_check(model, name, own[name], total[name]) for name in parents)
     charts = (
         _chart(
             f"Blocks of {shown(model)}: their own drift",
@@ -57,9 +52,7 @@ def _chart(title: str, note: str, found: Mapping[str, Mapping[str, Move]]) -> Ch
     return Chart(title, note, values)
 
 
-def _check(
-    model: str, parent: str, own: Mapping[str, Move], total: Mapping[str, Move], changed: Mapping[str, float]
-) -> Check:
+def _check(model: str, parent: str, own: Mapping[str, Move], total: Mapping[str, Move]) -> Check:
     child, other = shown(model), shown(parent)
     found = own or total
     moved = sorted((block for block in found if found[block].relative > t.MOVED), key=lambda b: -found[b].relative)
@@ -75,14 +68,35 @@ def _check(
     more = f" and {len(moved) - t.MOST} more" if len(moved) > t.MOST else ""
     whose = "of their own" if own else "with what they inherit"
     message = f"Of the blocks of {child} these moved most from {other}'s, {whose}: {most}{more}."
-    unasked = [block for block in moved if own and changed.get(block) == 0]
-    if unasked:
-        blocks = ", ".join(unasked[: t.MOST])
-        message += f" The recipe leaves {blocks} as {other} has it, yet it moved: look at that step's weights."
-        return Check(name, "sound", "warning", model, message, figures)
-    if own and changed and all(block in changed for block in moved):
-        message += " All of them are blocks that the recipe changes."
     return Check(name, "sound", "ok", model, message, figures)
+
+
+def check_stray(model: str, child: Measured, parents: Mapping[str, Measured]) -> tuple[Check, ...]:
+    """Which blocks are further from every parent than any two parents are from each other: no mix of them is there.
+
+    Of the model a block's own drift counts, of the parents what they inherit as well, which is more. Needs two.
+    """
+    pairs = [moves(one.unet, other.unet) for one, other in permutations(parents.values(), 2)]
+    own = [child.own[name] for name in parents if name in child.own]
+    if not pairs or len(own) < len(parents):
+        return ()
+    blocks = [block for block in own[0] if all(block in each for each in (*own, *pairs))]
+    least = {block: min(each[block].relative for each in own) for block in blocks}
+    apart = {block: max(each[block].relative for each in pairs) for block in blocks}
+    stray = sorted(
+        (block for block in blocks if least[block] > t.STRAY_LEAST and least[block] > t.STRAY * apart[block]),
+        key=lambda block: -least[block],
+    )
+    figures = {f"{block} relative": round(least[block], 4) for block in stray[: t.MOST]}
+    name = shown(model)
+    if not stray:
+        message = f"No block of {name} is further from its parents than they are from each other."
+        return (Check("stray blocks", "sound", "ok", model, message, figures),)
+    message = (
+        f"In {name} these blocks answer unlike any parent's, further off than the parents are from each other: "
+        f"{listed(stray, t.MOST)}. Their weights were added up too far, or are not of this family."
+    )
+    return (Check("stray blocks", "sound", "warning", model, message, figures),)
 
 
 def _figures(move: Move) -> tuple[tuple[str, float], tuple[str, float]]:

@@ -48,6 +48,27 @@ def kept(child: Measured, parents: Mapping[str, Measured], prompt: str) -> float
     return max(0.0, float(np.linalg.norm(mine)) * along / strongest) if strongest else 1.0
 
 
+def taken_for(child: Measured, parents: Mapping[str, Measured], concepts: Mapping[str, str], word: str) -> str | None:
+    """The concept that the child takes a word for: its answer is more like every parent's to that one.
+
+    By t.MISTAKEN at least, cosine against cosine; of parents that answer both.
+    """
+    mine = answer(child, concepts[word])
+    knowing = [each for each in parents.values() if answered(each, concepts[word])]
+    own = [cosine(mine, answer(each, concepts[word])) for each in knowing]
+    others: dict[str, float] = {}
+    for other, prompt in concepts.items():
+        if other != word and all(answered(each, prompt) for each in knowing):
+            pairs = zip(own, knowing, strict=True)
+            others[other] = min(cosine(mine, answer(each, prompt)) - like for like, each in pairs)
+    found = max(others, key=lambda other: others[other], default=None)
+    return found if found is not None and others[found] > t.MISTAKEN else None
+
+
+def _mistaken(pairs: Mapping[str, str]) -> str:
+    return ", ".join(f"{shown(word)} for {shown(other)}" for word, other in pairs.items())
+
+
 def check_forgetting(
     model: str, child: Measured, parents: Mapping[str, Measured]
 ) -> tuple[tuple[Check, ...], tuple[Chart, ...]]:
@@ -63,22 +84,27 @@ def check_forgetting(
     parts = {word: kept(child, parents, prompt) for word, prompt in concepts.items()}
     lost = [word for word in parts if parts[word] < t.FORGOTTEN]
     left = [word for word in parts if word not in lost]
+    mistaken = {word: other for word in left if (other := taken_for(child, parents, concepts, word)) is not None}
     chart = Chart(
         f"What {name} still answers",
         "The part of the strongest parent's answer to each concept; 1 is as strong and the same way, 0 is forgotten.",
         {model: {word: round(part, 3) for word, part in parts.items()}},
     )
     figures = {word: round(part, 4) for word, part in parts.items()}
-    if not lost:
+    if not lost and not mistaken:
         message = f"{name} answers to every concept that its parents answer to."
         return (Check("forgetting", "prompt", "ok", model, message, figures),), (chart,)
-    if not left:
+    if not lost:
+        message = f"{name} takes {_mistaken(mistaken)}, which its parents tell apart."
+    elif not left:
         message = f"{name} has forgotten every concept it was asked for: {listed(lost, 12)}."
     elif len(left) <= t.ONLY and len(parts) >= 2 * t.ONLY:
         message = f"{name} answers to {' and '.join(map(shown, left))} only; it has forgotten {listed(lost, 12)}."
     else:
         worst = ", ".join(f"{shown(word)} ({parts[word]:.0%} of the answer left)" for word in lost)
         message = f"{name} has forgotten {worst}."
+    if mistaken and lost:
+        message += f" It takes {_mistaken(mistaken)}."
     return (Check("forgetting", "prompt", "warning", model, message, figures),), (chart,)
 
 

@@ -93,7 +93,8 @@ def _all_noise(each: Look) -> bool:
 
 
 def _noisier(mine: Look, others: Sequence[Look]) -> bool:
-    return mine.fine > t.NOISE_VISIBLE and mine.noise > t.NOISE_RATIO * max(each.noise for each in others)
+    usual = max(t.NOISE_TEXTURE, t.NOISE_RATIO * max(each.noise for each in others))
+    return mine.fine > t.NOISE_VISIBLE and mine.noise > usual
 
 
 def _grey(mine: Look, others: Sequence[Look]) -> bool:
@@ -116,24 +117,33 @@ _WORDS = {
     "black": ("black", "NaN in the model or in its VAE's precision does this"),
     "flat": ("of one colour", "a UNet or a VAE that does not belong to the rest does this"),
     "noise": ("noise", "a wrong prediction type, or weights added up too far, does this"),
+    "grain": ("far grainier than the parents'", "differences added too strongly do this"),
     "grey": ("far greyer than the parents'", "the VAE is the first to look at"),
     "burnt": ("burnt: colours at their limits, far beyond the parents'", "differences added too strongly do this"),
 }
 _MIXED = "the recipe mixes VAEs, which is the likely cause: take one parent's VAE whole"
 
 
-def _said(model: str, name: str, hits: int, of: int, level: Level, why: str | None = None) -> Check:
-    what, usual = _WORDS[name]
+def _said(
+    model: str, name: str, hits: int, of: int, level: Level, *, words: str | None = None, why: str | None = None
+) -> Check:
+    what, usual = _WORDS[words or name]
     share = {"pictures": float(of), "found": float(hits)}
     if level == "ok":
         what = what.partition(":")[0]
         message = f"No picture of {shown(model)} is {what}."
         if hits:
-            message = f"Only {hits} of {of} pictures of {shown(model)} looks {what}, which may be chance."
+            looks = "looks" if hits == 1 else "look"
+            message = f"Only {hits} of {of} pictures of {shown(model)} {looks} {what}, which may be chance."
         return Check(name, "looks", "ok", model, message, share)
-    verb = "is" if hits == 1 else "are"
-    message = f"{hits} of {of} pictures of {shown(model)} {verb} {what}; {why or usual}."
+    message = f"{_counted(hits, of)} of {shown(model)} {'is' if hits == 1 else 'are'} {what}; {why or usual}."
     return Check(name, "looks", level, model, message, share)
+
+
+def _counted(hits: int, of: int) -> str:
+    if hits < of:
+        return f"{hits} of {of} pictures"
+    return "The picture" if of == 1 else f"All {of} pictures"
 
 
 def _every(model: str, name: str, looks: Sequence[Look], rule: Callable[[Look], bool]) -> Check:
@@ -147,11 +157,13 @@ def _noise(model: str, looks: Sequence[Look], beside: Sequence[Beside]) -> Check
         return _said(model, "noise", certain, len(looks), "failed")
     hits = sum(_noisier(mine, others) for mine, others in beside)
     of = len(beside) or len(looks)
-    return _said(model, "noise", hits, of, "warning" if hits and hits >= t.PART * of else "ok")
+    if hits and hits >= t.PART * of:
+        return _said(model, "noise", hits, of, "warning", words="grain")
+    return _said(model, "noise", hits, of, "ok", words="grain" if hits else None)
 
 
 def _compared(model: str, name: str, beside: Sequence[Beside], mixed_vae: bool) -> Check:
     rule = {"grey": _grey, "burnt": _burnt}[name]
     hits = sum(rule(mine, others) for mine, others in beside)
     level: Level = "warning" if hits and hits >= t.PART * len(beside) else "ok"
-    return _said(model, name, hits, len(beside), level, _MIXED if name == "grey" and mixed_vae else None)
+    return _said(model, name, hits, len(beside), level, why=_MIXED if name == "grey" and mixed_vae else None)

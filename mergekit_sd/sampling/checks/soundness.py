@@ -6,7 +6,7 @@ Owns these verdicts. Must not load or ask a model: what was measured, and what o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -25,8 +25,8 @@ class Seen:
 
     Of its pictures: `nan_latents`, NaN came out of the UNet; `nan_decode`, the VAE made it, in fp32 too;
     `in_fp32`, the VAE made it in its own dtype and fp32 did not. `position_ids` as `inspect` states them, None
-    where there are none to look at. `mixed_vae`: whether the recipe mixed VAEs. `changed`: by parent, then by
-    block, how much the recipe changes the model against it, 0 for a block that is the parent's own.
+    where there are none to look at. `mixed_vae`: whether the recipe mixed VAEs. `only_models`: whether it was made
+    of models alone, all of which are among the parents; a LoRA takes a model further than they show.
     """
 
     nan_latents: bool = False
@@ -34,7 +34,7 @@ class Seen:
     in_fp32: bool = False
     position_ids: Literal["ok", "missing", "corrupt"] | None = None
     mixed_vae: bool = False
-    changed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    only_models: bool = False
 
 
 def check_soundness(
@@ -44,7 +44,7 @@ def check_soundness(
     seen = seen or Seen()
     checks = [*check_file(model, child.nonfinite, seen, child.finite), check_empty(model, child)]
     if child.finite["UNet"]:
-        checks.append(check_prediction(model, child.prediction, child.type_errors))
+        checks.append(check_prediction(model, child, parents))
     if child.finite["VAE"]:
         checks.append(check_vae(model, child, parents, mixed=seen.mixed_vae))
     return tuple(checks)
@@ -71,15 +71,16 @@ def check_finite(model: str, nonfinite: Mapping[str, int], seen: Seen, finite: M
     level: Level = "failed"
     if nonfinite:
         tensors = count(len(nonfinite), "tensor")
-        message = f"{name} holds NaN or Inf in {tensors}: {listed(nonfinite)}. Make it again."
+        message = f"{name} holds NaN or Inf in {tensors}: {listed(nonfinite)}. Get it or make it anew."
     elif where:
         message = (
             f"The {' and the '.join(where)} of {name} {'gives' if len(where) == 1 else 'give'} NaN or Inf though no "
-            "tensor holds any: weights are too large for this dtype, so the merge added up too much."
+            "tensor holds any: weights are too large for this dtype, as when a merge adds up too much."
         )
     elif seen.nan_latents:
         message = (
-            f"Making pictures of {name} ends in NaN before the VAE: the merge is bad, or the guidance far too strong."
+            f"Making pictures of {name} ends in NaN before the VAE: its UNet is broken, as when a merge adds up too "
+            "much, or the guidance is far too strong."
         )
     elif seen.nan_decode or not finite.get("VAE", True):
         message = (
@@ -120,8 +121,9 @@ def check_position_ids(model: str, state: str) -> Check:
     return Check("position ids", "sound", "ok", model, f"The position ids of {name} {said}.")
 
 
-def check_prediction(model: str, said: str, errors: Mapping[str, float]) -> Check:
-    """Whether the UNet predicts what the model says; a net that predicts neither is not accused."""
+def check_prediction(model: str, child: Measured, parents: Mapping[str, Measured]) -> Check:
+    """Whether the UNet predicts what the model says; one that predicts neither is accused only beside its parents."""
+    said, errors = child.prediction, child.type_errors
     name, other = shown(model), "v" if said == "epsilon" else "epsilon"
     if not errors:
         message = f"What {name} predicts was not looked at: no probe has a middle timestep."
@@ -137,6 +139,13 @@ def check_prediction(model: str, said: str, errors: Mapping[str, float]) -> Chec
     if mine < t.RIGHT_TYPE:
         message = f"{name} predicts {READ_AS[said]}, as it says."
         return Check("prediction type", "sound", "ok", model, message, figures)
+    best = min((min(each.type_errors.values()) for each in parents.values() if each.type_errors), default=mine)
+    if best < t.RIGHT_TYPE and min(mine, theirs) >= 1:
+        message = (
+            f"The UNet of {name} predicts worse than nothing would, unlike its parents': weights were added up too "
+            "far, or parts of it do not belong together."
+        )
+        return Check("prediction type", "sound", "failed", model, message, figures | {"least error of a parent": best})
     message = f"Whether {name} predicts noise or velocity cannot be told: it predicts neither well."
     return Check("prediction type", "sound", "warning", model, message, figures)
 
@@ -150,7 +159,9 @@ def check_vae(model: str, child: Measured, parents: Mapping[str, Measured], *, m
     if alike:
         figures["latents like the nearest parent's"] = max(alike.values())
     best = min((each.round_trip for each in others.values()), default=None)
-    cause = "The recipe mixes VAEs: take one parent's whole." if mixed else "Give it the VAE of one of its parents."
+    cause = "Give it the VAE of one of its parents." if parents else "Give it another VAE."
+    if mixed:
+        cause = "The recipe mixes VAEs: take one parent's whole."
     level: Level = "failed"
     if alike and max(alike.values()) < t.SAME_LATENTS:
         message = (

@@ -17,6 +17,8 @@ NOISE_LEAST = 20.0
 """Standard deviation below which noise is film grain on plain ground, not a broken picture."""
 NOISE_RATIO = 4.0
 """That share against the parents': fine textures of another style double it, a bad merge's speckles multiply it."""
+NOISE_TEXTURE = 0.04
+"""A share up to this is texture, whatever the parents': drawn stripes of a few pixels have 0.035."""
 NOISE_VISIBLE = 40.0
 """Variance (of a pixel against its neighbours) that an eye sees; below it a ratio says nothing."""
 GREY_SATURATION, GREY_CONTRAST = 0.5, 0.75
@@ -52,19 +54,28 @@ SAME_LATENTS = 0.8
 
 MOVED = 0.005
 """Relative change of a block's output: rounding to fp16 and another count of threads stay below 0.002."""
+STRAY = 1.1
+"""A block's own drift from the nearest parent against the farthest two parents' (with what they inherit): mixes stay
+below 0.6, add-differences below 0.9, a block of noise has 1.2 and more."""
+STRAY_LEAST = 0.1
+"""Drift that a stray block must have: parents that are nearly one are a short ruler."""
 MOST = 5
 """Blocks named in a sentence; the chart has all."""
 
 # --- prompts ---------------------------------------------------------------------------------------
 
-FORGOTTEN = 0.4
-"""Share of the strongest parent's answer: averages keep 0.7 and more, add-differences 0.48, a dead part 0."""
+FORGOTTEN = 0.25
+"""Share of the strongest parent's answer: averages keep 0.57 and more, add-differences 0.48, a LoRA of a style 0.3, a
+dead part 0."""
+MISTAKEN = 0.06
+"""Cosine by which another concept's answer fits better: healthy models stay below 0.04, a swapped word has 0.09."""
 ANSWERED = 0.01
 """Change of the prediction, of its size, under which no parent answers either: there is nothing to forget."""
 ONLY = 2
 """Concepts still answered, of four or more, at which a model is said to answer to these only."""
-UNASKED = 0.25
-"""Part of a concept's full answer that a neutral prompt moved along it: half of it is plain to see."""
+UNASKED = 0.4
+"""Part of a concept's full answer that a neutral prompt moved along it: half of it is plain to see, a LoRA of a style
+has up to 0.35."""
 UNASKED_COSINE = 0.3
 """And that it moved this way more than any: other changes of style point nowhere."""
 BROUGHT = 0.2

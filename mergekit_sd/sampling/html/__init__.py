@@ -8,10 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 from importlib.resources import files
-from pathlib import Path
 from string import Template
 
-from mergekit_sd.sampling.files import check_free, write_bytes
 from mergekit_sd.sampling.groups import groups
 from mergekit_sd.sampling.html.about import about, models
 from mergekit_sd.sampling.html.charts import charts
@@ -44,12 +42,6 @@ def as_html(report: SamplingReport) -> str:
         charts=charts(report),
         about=about(report, found),
     )
-
-
-def write_html(report: SamplingReport, path: Path, *, force: bool = False) -> None:
-    """Write the page. Raises OutputExists where a file is there and not `force`."""
-    check_free(path, force)
-    write_bytes(as_html(report).encode(), path)
 
 
 def _part(name: str) -> str:

@@ -14,13 +14,18 @@ def models(report: SamplingReport) -> str:
     rows = "".join(_model(report, model) for model in [*made, *report.parents])
     words = f"{_names(made)} made of {_names(report.parents)}." if made and report.parents else ""
     checked = '<th scope="col" role="columnheader">Checks</th>' if report.checks else ""
+    hashed = '<th scope="col" role="columnheader">Hash</th>' if _has_hashes(report) else ""
     return f"""<p class="muted">{words}</p>
 <table class="listing" role="table">
 <thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Model</th>\
-<th scope="col" role="columnheader">Role</th><th scope="col" role="columnheader">Hash</th>{checked}</tr></thead>
+<th scope="col" role="columnheader">Role</th>{hashed}{checked}</tr></thead>
 <tbody role="rowgroup">
 {rows}</tbody>
 </table>"""
+
+
+def _has_hashes(report: SamplingReport) -> bool:
+    return any(each.model_hash for each in report.pictures)
 
 
 def _names(every: list[str] | tuple[str, ...]) -> str:
@@ -30,13 +35,15 @@ def _names(every: list[str] | tuple[str, ...]) -> str:
 def _model(report: SamplingReport, model: str) -> str:
     known = next((each.model_hash for each in report.pictures if each.model == model and each.model_hash), None)
     role = "parent" if model in report.parents else "made here" if report.parents else "model"
-    hashed = f'<code class="hash">{escaped(known)}</code>' if known else '<span class="muted">no file</span>'
+    made = f' <span class="muted">{escaped(report.made[model])}</span>' if model in report.made else ""
+    hashed = f'<code class="hash">{escaped(known)}</code>' if known else '<span class="muted">none</span>'
+    hashed = f'<td role="cell">{hashed}</td>' if _has_hashes(report) else ""
     levels = [check.level for check in report.checks if check.model == model]
     told = "".join(f"<span>{each} </span>" for each in counts(levels)) or '<span class="muted">none</span>'
     checked = f'<td role="cell" class="counts">{told}</td>' if report.checks else ""
     return (
-        f'<tr role="row"><th scope="row" role="rowheader">{name(model)}</th><td role="cell">{role}</td>'
-        f'<td role="cell">{hashed}</td>{checked}</tr>\n'
+        f'<tr role="row"><th scope="row" role="rowheader">{name(model)}</th><td role="cell">{role}{made}</td>'
+        f"{hashed}{checked}</tr>\n"
     )
 
 

@@ -20,8 +20,9 @@ def pictures(report: SamplingReport, found: tuple[Group, ...]) -> str:
 
 
 def chosen(report: SamplingReport, found: tuple[Group, ...]) -> tuple[str, str] | None:
-    """The two models to compare first, a parent and what was made last; None where there are no two."""
-    there = list(dict.fromkeys(model for group in found for model in group.models))
+    """The two models to compare first, a parent and what was made last of one prompt; None where there are no two."""
+    there = next((list(group.models) for group in found if len(group.models) > 1), [])
+    there = there or list(dict.fromkeys(model for group in found for model in group.models))
     if len(there) < 2:
         return None
     made = [model for model in there if model not in report.parents] or there

@@ -26,7 +26,15 @@
     left.value = section.dataset.left;
     right.value = section.dataset.right;
 
-    const find = (model) => shots.find((shot) => shot.dataset.model === model && shot.dataset.shot === picture.value);
+    const find = (model, which = picture.value) =>
+      shots.find((shot) => shot.dataset.model === model && shot.dataset.shot === which);
+
+    // Models of different prompts have not every picture in common: the first that both have.
+    function choose() {
+      const both = (which) => find(left.value, which) && find(right.value, which);
+      if (!both(picture.value)) picture.value = [...pictures.keys()].find(both) ?? picture.value;
+      show();
+    }
 
     function put(image, shot) {
       image.src = shot.src;
@@ -93,9 +101,10 @@
     });
     slider.addEventListener("input", () => move(slider.value));
     by("compare-flicker").addEventListener("click", flicker);
-    for (const each of [left, right, picture]) each.addEventListener("change", show);
+    for (const each of [left, right]) each.addEventListener("change", choose);
+    picture.addEventListener("change", show);
     section.hidden = false;
-    show();
+    choose();
   }
 
   function setUpCopy() {
