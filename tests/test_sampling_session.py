@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -434,3 +435,13 @@ def test_batches_leave_a_picture_as_it_is(place):
     for batch in (1, 4):
         found = drawn(model, seeds=[1, 2, 3], options=mk.SampleOptions(checks="none", threads=1, batch=batch))
         assert max(np.abs(np.int16(a) - b).max() for a, b in zip(one, found, strict=True)) <= 1
+
+
+def test_a_picture_has_the_hash_that_the_library_knows(place, tmp_path):
+    model = tmp_path / "night.safetensors"
+    model.hardlink_to(place / "night.safetensors")
+    (unknown,) = mk.sample(model, "a cat", steps=1, seeds=[1], size=[64, 64], options=QUICK).pictures
+    assert unknown.model_hash is None
+    mk.scan_library([tmp_path], hashes="all", sha256=True)
+    (known,) = mk.sample(model, "a cat", steps=1, seeds=[1], size=[64, 64], options=QUICK).pictures
+    assert known.model_hash == hashlib.sha256(model.read_bytes()).hexdigest()[:10]

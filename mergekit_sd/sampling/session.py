@@ -14,14 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from mergekit_sd.errors import InputError
+from mergekit_sd.errors import InputError, MergekitError
 from mergekit_sd.events import CancelToken, Listener, MemoryTold, Sampling
 from mergekit_sd.inspection.position_ids import position_ids
 from mergekit_sd.lazy import torch
+from mergekit_sd.library import look_up
 from mergekit_sd.machine import available_memory
 from mergekit_sd.planning.build import PlanOptions
 from mergekit_sd.planning.samples import plan_sampled
-from mergekit_sd.planning.values import Plan
+from mergekit_sd.planning.values import Input, Plan
 from mergekit_sd.recipe.graph import reachable, spaces
 from mergekit_sd.recipe.load import Recipe
 from mergekit_sd.recipe.loras import LoraUse
@@ -261,6 +262,7 @@ class Session:
             Control(load_control(each.net, networks), each.picture, each.weight, each.start, each.end)
             for each in shot.control
         ]
+        digits = self._model_hash(name)
         with applied(networks.unet, shot.hypernets):
             for seeds in _batches(settings.seeds, max(1, self._options.batch // 2)):
                 before = self._done
@@ -277,7 +279,7 @@ class Session:
                 )
                 self._done = before + len(seeds) * settings.steps
                 for seed, decoded in zip(seeds, decode(networks.vae, latents, tiled=self._options.tiled), strict=True):
-                    picture = Picture(name, settings, seed, decoded.pixels)
+                    picture = Picture(name, settings, seed, decoded.pixels, digits)
                     seen.pictures.append(picture)
                     seen.decoded.append(decoded)
                     self._on_picture(picture)
@@ -346,10 +348,25 @@ class Session:
         steps = [each for each in reachable(self._recipe, [name]).steps if self.parents[name]]
         return any(f'step "{step}" mixes' in each for each in self._plans[name, ()].warnings for step in steps)
 
+    def _file(self, name: str) -> Input | None:
+        """The file that is drawn with as it is; None for what is made here."""
+        if name in self._recipe.outputs:
+            return None
+        return next((each for each in self._plans[name, ()].inputs if each.name == name), None)
+
+    def _model_hash(self, name: str) -> str | None:
+        """The file's first ten digits, where the library has its sha256: reading all of a model for it is too dear."""
+        source = self._file(name)
+        try:
+            sha256 = source and look_up(source.file.path).hashes.get("sha256")
+        except MergekitError:  # an index that cannot be read spoils no picture
+            return None
+        return sha256[:10] if sha256 else None
+
     def _position_ids(self, name: str) -> Any:
         """As the file that is sampled has them; what a run writes is reset, and a step is not written."""
-        source = next((each for each in self._plans[name, ()].inputs if each.name == name), None)
-        if source is None or name in self._recipe.outputs:
+        source = self._file(name)
+        if source is None:
             return None
         found = position_ids(source.file, source.layout)
         return found.state if found else None
