@@ -236,6 +236,49 @@ def test_a_removed_step_gives_its_place_to_its_first_operand():
     assert data(drafting.remove_step(text, "dream"))["outputs"]["final"]["model"] == "anything"
 
 
+def test_operands_stand_before_parameters_with_their_comments():
+    given = """\
+recipe = 1
+[models]
+a = "a.safetensors"
+b = "b.safetensors"
+c = "c.safetensors"
+
+[steps.mix]
+op = "weighted_sum"  # the method
+a = "a"
+# two halves
+alpha = 0.5  # half
+b = "b"
+
+# written
+[outputs.final]
+model = "mix"
+file = "f.safetensors"
+"""
+    wanted = given.replace("weighted_sum", "add_difference").replace('# two halves\nalpha = 0.5  # half\nb = "b"\n', "")
+    wanted = wanted.replace('a = "a"\n\n#', 'a = "a"\nb = "b"\nc = "c"\n# two halves\nalpha = 0.5  # half\n\n#')
+    assert drafting.set_method(given, "mix", "add_difference") == wanted
+
+
+def test_a_text_that_moves_names_what_lies_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    for name in ("a", "below/b"):
+        (tmp_path / f"{name}.safetensors").touch()
+    text = (
+        'recipe = 1\n[models]\na = "a.safetensors"  # A\nb = { file = "below/b.safetensors" }\nc = "none.safetensors"\n'
+    )
+    moved = drafting.moved(text, tmp_path, tmp_path / "below")
+    assert tomllib.loads(moved)["models"] == {
+        "a": str(tmp_path / "a.safetensors"),
+        "b": {"file": "b.safetensors"},
+        "c": "none.safetensors",
+    }
+    assert "# A" in moved
+    assert drafting.moved(text, tmp_path, tmp_path) == text
+    assert drafting.moved("recipe = [", tmp_path, tmp_path / "below") == "recipe = ["
+
+
 def test_a_method_takes_the_operands_over_and_keeps_what_it_knows():
     text = drafting.set_method(RECIPE, "mix", "add_difference")
     step = data(text)["steps"]["mix"]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -15,11 +16,16 @@ import tui_stage as stage
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.segment import Segment
+from rich.style import Style
+from textual.color import Color
 from textual.events import Key
 
 import mergekit_sd as mk
 from mergekit_sd.cli.tui import tui_command
 from mergekit_sd_tui.actions import ACTIONS, SCREENS, actions_of
+from mergekit_sd_tui.glyphs import AsciiFilter
 from mergekit_sd_tui.history import MOST, History
 from mergekit_sd_tui.model_table import ModelTable
 from mergekit_sd_tui.settings import load_settings, save_theme, settings_file
@@ -27,6 +33,7 @@ from mergekit_sd_tui.settings import load_settings, save_theme, settings_file
 MANY = 5000
 FIRST_ROW = 1.0  # seconds
 ANSWER = 0.1
+HEADER = 0.0005  # as long as a scan takes for one
 TERMINAL_TAKES = {"ctrl+m", "ctrl+i", "ctrl+h", "ctrl+j"}
 
 
@@ -55,26 +62,88 @@ def test_ids_are_unique_and_every_action_is_there():
     stage.play(story)
 
 
-@pytest.mark.parametrize("place", SCREENS)
-def test_every_key_of_the_footer_is_in_the_help_and_the_palette(place):
+def test_every_key_of_the_footer_is_in_the_help_and_the_palette():
     async def story(pilot):
         app = pilot.app
-        app.action_show_screen(place)
-        await pilot.pause(0.1)
-        footer = [one.binding for one in app.screen.active_bindings.values() if one.binding.show]
-        assert len(footer) >= 6
-        palette = {command.title: command.help for command in app.get_system_commands(app.screen)}
-        await pilot.press("question_mark")
-        await stage.sees(pilot, "Esc closes this.")
-        text = stage.shown(app)
-        for binding in footer:
-            assert binding.description in text
-            if binding.id != "app.command_palette":
-                assert app.keys_of(binding.id) in palette[binding.description]
-        await pilot.press("escape")
-        assert app.current_mode == place
+        for place in SCREENS:
+            app.action_show_screen(place)
+            await stage.sees(pilot, f"[{SCREENS[place]}]", "Quit")
+            footer = [one.binding for one in app.screen.active_bindings.values() if one.binding.show]
+            ours = [binding for binding in footer if binding.id]
+            assert len(ours) >= 6
+            palette = [(each.title, each.help.partition(" Key: ")[2]) for each in app.get_system_commands(app.screen)]
+            every = [(action.label, app.keys_of(action.id)) for action in actions_of(place)]
+            assert set(every) - set(palette) == {("Menu", "^p")}
+            await pilot.press("f1")
+            await stage.sees(pilot, "Everywhere")
+            helped = {(row[1], row[0]) for section in app.screen.sections for row in section.rows}
+            assert {(binding.description, app.keys_of(binding.id)) for binding in ours} <= set(every) <= helped
+            await pilot.press("escape")
+            await stage.until(pilot, lambda: len(app.screen_stack) == 1)
+            assert app.current_mode == place
 
     stage.play(story, (120, 60))
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_every_footer_fits_eighty_columns(monkeypatch, locale):
+    monkeypatch.setenv("LC_ALL", locale)
+
+    async def story(pilot):
+        for place in SCREENS:
+            pilot.app.action_show_screen(place)
+            await stage.sees(pilot, f"[{SCREENS[place]}]")
+            await stage.until(pilot, lambda: stage.shown(pilot.app).endswith(" Quit"), f"the footer of {place}")
+            assert " Help " in stage.shown(pilot.app).splitlines()[-1]
+
+    stage.play(story)
+
+
+def test_help_begins_with_the_focused_widget(tmp_path):
+    stage.scanned(stage.small_file(tmp_path / "m" / "a.safetensors", only="vae").parent)
+
+    async def story(pilot):
+        app = pilot.app
+        await stage.library(pilot, "a.safetensors")
+        for keys, title, first in (
+            ("1 f1", "Here: the table of models", "Inspect"),
+            ("1 slash f1", "Here: the filter", "Move cursor left"),
+            ("3 f1", "Here: the block weights", "Set"),
+            ("4 enter f1", "Here: the text", "Cursor"),
+            ("5 f1", "Here: the list of jobs", "Open"),
+        ):
+            for key in keys.split():
+                await pilot.press(key)
+                await pilot.pause()
+            await stage.sees(pilot, title)
+            lines = stage.shown(app).splitlines()
+            place = next(number for number, line in enumerate(lines) if title in line)
+            assert first in "".join(lines[place + 1 : place + 4]), (title, lines)
+            await pilot.press("escape")
+            await stage.until(pilot, lambda: len(app.screen_stack) == 1)
+            await pilot.press("escape")
+
+    stage.play(story, (100, 30))
+
+
+def test_every_action_can_have_another_key():
+    free = [f"alt+{sign}" for sign in "abcdefghijklmnopqrstuvwxyz"]
+    for place in SCREENS:
+        ids = [action.id for action in ACTIONS if action.place == place]
+        keys = dict(zip(ids, free, strict=False))
+        lines = "\n".join(f'"{name}" = "{key}"' for name, key in keys.items())
+        settings_file().parent.mkdir(parents=True, exist_ok=True)
+        settings_file().write_text(f"[keys]\n{lines}\n")
+
+        async def story(pilot, place=place, keys=keys):
+            pilot.app.action_show_screen(place)
+            await stage.sees(pilot, f"[{SCREENS[place]}]")
+            bound = {each.binding.id: key for key, each in pilot.app.screen.active_bindings.items()}
+            bound = {name: key for name, key in bound.items() if name in keys}
+            assert bound.items() <= keys.items()
+            assert len(bound) >= len(keys) - 1  # in the Recipe's text Enter is no key
+
+        stage.play(story)
 
 
 def test_the_palette_does_what_it_says():
@@ -225,6 +294,15 @@ def test_a_mark_is_no_colour(tmp_path, monkeypatch):
     assert app.no_color
 
 
+@given(st.text(max_size=20))
+def test_in_ascii_every_sign_keeps_its_width(text):
+    (made,) = AsciiFilter().apply([Segment(text, Style(bold=True))], Color(0, 0, 0))
+    assert made.text.isascii()
+    assert made.style == Style(bold=True)
+    if all(cell_len(sign) == 1 for sign in text):
+        assert made.cell_length == cell_len(text)
+
+
 # --- speed ---------------------------------------------------------------------------------------------------
 
 
@@ -240,10 +318,13 @@ def many(tmp_path):
 
 def test_many_models_are_there_at_once_and_keys_are_answered(many, monkeypatch):
     """The scan goes on all the while; a busy machine may be three times as slow as the promise."""
+    answered = threading.Event()
 
     def slow_scan(*_args, on_event, cancel, **_options):
         for entry in mk.list_library():
             on_event(mk.FileRead("changed", entry))
+            answered.wait(HEADER)
+        answered.wait(stage.PATIENCE)
         return mk.ScanReport(())
 
     monkeypatch.setattr(mk, "scan_library", slow_scan, raising=False)
@@ -262,6 +343,8 @@ def test_many_models_are_there_at_once_and_keys_are_answered(many, monkeypatch):
             while table.cursor_row == row:
                 await asyncio.sleep(0.002)
             answers.append(time.monotonic() - asked)
+        assert pilot.app.screen.busy
+        answered.set()
         seen["answer"] = sorted(answers)[len(answers) // 2]
         await stage.until(pilot, lambda: table.row_count > MANY)
         seen["all rows"] = time.monotonic() - begun

@@ -24,7 +24,9 @@ from textual.widgets import Input
 import mergekit_sd as mk
 from mergekit_sd.sampling.values import Check, Picture, Settings
 from mergekit_sd_tui import pictures as drawing
-from mergekit_sd_tui.favourites import NAME, load_favourites
+from mergekit_sd_tui.favourites import favourites_file, load_favourites, save_favourites
+from mergekit_sd_tui.jobs import Job
+from mergekit_sd_tui.messages import JobEnded
 from mergekit_sd_tui.picture_grid import PictureGrid, Places, fit
 from mergekit_sd_tui.pictures import PictureView
 from mergekit_sd_tui.screens import gallery
@@ -228,7 +230,9 @@ def test_leaving_the_screen_stops_the_flicker(drawn, monkeypatch):
     stage.play(story)
 
 
-def test_favourites_are_kept_beside_the_report(drawn):
+def test_favourites_outlive_a_folder_that_is_drawn_anew(drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "again")
+
     async def first(pilot):
         await shows(pilot, drawn)
         await pilot.press("right", "f")
@@ -240,21 +244,31 @@ def test_favourites_are_kept_beside_the_report(drawn):
         await stage.sees(pilot, "[0]")
 
     stage.play(first)
-    assert json.loads((drawn / NAME).read_text()) == {"favourites": ["night-seed-0.png"]}
+    assert load_favourites(drawn) == {"night-seed-0.png"}
+    shutil.rmtree(drawn)
+    shutil.move(tmp_path / "again", drawn)
     stage.play(second)
     assert load_favourites(drawn) == frozenset()
-    # Nor do they keep a folder from being drawn anew.
-    mk.check_samples_folder(drawn, force=True)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"favourites": 3}', '{"favourites": [1, {}]}', "\xff"])
-def test_a_broken_file_of_favourites_is_none(drawn, text):
-    (drawn / NAME).write_text(text, encoding="latin-1")
-    assert load_favourites(drawn) == frozenset()
+def test_each_folder_has_its_own_favourites(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_favourites(tmp_path / "a", ["1.png", "0.png"])
+    save_favourites(Path("b"), ["2.png"])
+    assert load_favourites(Path("a")) == {"0.png", "1.png"}
+    save_favourites(tmp_path / "a", [])
+    assert json.loads(favourites_file().read_text()) == {str(tmp_path / "b"): ["2.png"]}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"DIR": 3}', '{"DIR": [1, {}]}', "\xff"])
+def test_a_broken_file_of_favourites_is_none(tmp_path, text):
+    favourites_file().parent.mkdir(parents=True, exist_ok=True)
+    favourites_file().write_text(text.replace("DIR", str(tmp_path)), encoding="latin-1")
+    assert load_favourites(tmp_path) == frozenset()
 
 
 def test_favourites_that_cannot_be_kept_are_told(drawn):
-    (drawn / "favourites.new").mkdir()
+    favourites_file().with_suffix(".new").mkdir(parents=True)
 
     async def story(pilot):
         await shows(pilot, drawn)
@@ -304,7 +318,9 @@ def test_without_samples_it_says_what_to_do(tmp_path, drawn, monkeypatch):
 
     async def story(pilot):
         await pilot.press("6")
-        await stage.sees(pilot, "No samples were found.", "g opens a folder", "No samples yet")
+        await stage.sees(
+            pilot, "No samples were found.", "s on the Mix screen (3)", "g opens a folder", "No samples yet"
+        )
         await pilot.press("enter", "space", "c", "t", "f", "o", "n", "left", "escape")
         await pilot.press("g")
         await stage.sees(pilot, "Show the samples in:")
@@ -333,6 +349,18 @@ def test_folders_beside_the_models_are_found(tmp_path, drawn, monkeypatch):
         await stage.sees(pilot, "Tab goes to those found.")
         await pilot.press("tab", "enter")
         await stage.sees(pilot, "1 of 2: again  in", "6 pictures")
+
+    stage.play(story)
+
+
+def test_pictures_of_a_job_are_one_key_away(drawn):
+    job = Job(1, "run r.toml", ("run", "r.toml"), "done", report={"samples": {"folder": str(drawn)}})
+
+    async def story(pilot):
+        pilot.app.post_message(JobEnded(job))
+        await stage.until(pilot, lambda: "6 shows its pictures" in stage.told(pilot.app))
+        await pilot.press("6")
+        await stage.sees(pilot, "[Gallery]", "drawn  in", "6 pictures")
 
     stage.play(story)
 

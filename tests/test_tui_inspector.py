@@ -203,7 +203,7 @@ def test_numbers_of_a_tensor_come_on_demand(model, monkeypatch):
 def test_without_a_model_the_way_to_one_is_told():
     async def story(pilot):
         await pilot.press("2")
-        await stage.sees(pilot, "No model is chosen: 1 goes to the library")
+        await stage.sees(pilot, "No model is chosen yet.", "the library (1)")
         await pilot.press("t", "f", "p", "x", "enter", "space")
         assert "No model is open." in stage.told(pilot.app)
 

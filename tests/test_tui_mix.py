@@ -15,7 +15,6 @@ from textual.widgets import Input, OptionList
 import mergekit_sd as mk
 from mergekit_sd_tui import glyphs
 from mergekit_sd_tui.bars import BlockBars, bars_text, short_number
-from mergekit_sd_tui.pictures import PictureView
 from mergekit_sd_tui.state import Draft
 
 
@@ -309,32 +308,6 @@ def test_a_picture_is_asked_of_a_copy_that_can_be_drawn(models, monkeypatch):
     mixing(models, story)
 
 
-@pytest.mark.slow
-def test_a_step_is_drawn_by_a_job_and_shown_beside_the_bars(tmp_path, monkeypatch):
-    pytest.importorskip("diffusers")
-    import sampling_models
-
-    tensors = sampling_models.tensors()
-    for name in ("one", "two"):
-        sampling_models.write(tmp_path / f"{name}.safetensors", tensors)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage, "PATIENCE", 120.0)
-
-    async def story(pilot):
-        app = pilot.app
-        app.mix([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
-        await stage.sees(pilot, "[Mix]", "(sd1)")
-        await presses(pilot, "s", "a [red] cat")
-        await stage.sees(pilot, "mix is drawn", "mix: a [red] cat")
-        assert app.screen.query_one(PictureView).display
-        assert "before the last changes" not in stage.shown(app)
-        await presses(pilot, "up")
-        await stage.sees(pilot, "before the last changes")
-        assert [path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors"] == []
-
-    stage.play(story, (120, 40))
-
-
 # --- nothing, mistakes, odd terminals ---------------------------------------------------------------------
 
 
@@ -347,7 +320,7 @@ def test_without_a_draft_it_says_what_to_do_and_takes_the_marked(models):
         await presses(pilot, "up p s n i y")
         paths = tuple(models / f"{name}.safetensors" for name in ("apple", "plum"))
         app.edit(replace(app.workspace, marked=paths))
-        await stage.sees(pilot, "2 models are marked")
+        await stage.sees(pilot, "2 models marked")
         await presses(pilot, "a")
         await stage.sees(pilot, "weighted_sum", "plum.safetensors")
         assert bars(app).has_focus

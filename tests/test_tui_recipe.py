@@ -114,7 +114,6 @@ def test_a_burst_of_typing_is_one_edit(recipe, monkeypatch):
         await stage.sees(pilot, "[Library]")
         assert app.workspace.draft.text == "# 1z?Z" + TEXT
         await pilot.press("4", "z")
-        assert app.workspace.draft.text == TEXT
         await stage.until(pilot, lambda: editor.text == TEXT)
         await pilot.press("Z")
         assert app.workspace.draft.text == "# 1z?Z" + TEXT
@@ -190,6 +189,34 @@ def test_a_new_recipe_is_saved_under_a_name(recipe, tmp_path):
         assert app.workspace.draft.is_saved
 
     stage.play(story)
+
+
+def test_a_draft_that_is_saved_elsewhere_names_the_same_models(recipe, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    async def story(pilot):
+        app = pilot.app
+        app.edit(replace(app.workspace, draft=Draft(TEXT)))
+        app.edit(replace(app.workspace, draft=Draft(TEXT.replace("GRAD_V", "GRAD_A"))))
+        await pilot.press("4")
+        await stage.sees(pilot, "new recipe (not saved)")
+        await pilot.press("ctrl+s")
+        await stage.sees(pilot, "Save the recipe as")
+        pilot.app.screen.query_one("Input").value = str(elsewhere / "r.toml")
+        await pilot.press("enter")
+        await stage.until(pilot, lambda: app.workspace.draft.is_saved, "the saving")
+        await stage.sees(pilot, str(recipe.parent)[:20])
+        await pilot.press("escape", "z")  # undo leads to a text of the same folder
+        assert app.workspace.draft.text == moved.replace("GRAD_A", "GRAD_V")
+        assert not app.workspace.draft.is_saved
+
+    moved = TEXT.replace("GRAD_V", "GRAD_A")
+    for name in "ab":
+        moved = moved.replace(f'"{name}.safetensors"', f'"{recipe.parent / name}.safetensors"')
+    stage.play(story)
+    assert (elsewhere / "r.toml").read_text() == moved
+    assert mk.plan(mk.load(elsewhere / "r.toml")).outputs
 
 
 def test_saving_asks_before_it_replaces_another_programs_text(recipe):
@@ -334,41 +361,42 @@ def test_a_plan_that_cannot_be_made_says_why(recipe):
     async def story(pilot):
         await opened(pilot, recipe)
         await pilot.press("f5")
-        await stage.sees(pilot, "There is no such file.", 'did you mean "a.safetensors"?', "a problem")
+        await stage.sees(pilot, "line 5, column 1 at models.b: There is no such file.", "b.safetensors")
+        await stage.sees(pilot, 'did you mean "a.safetensors"?', "a problem")
+        assert underlined(pilot.app) == ['b = "b.safetensors"']
         await pilot.pause(0.6)
         assert "no such file" in problem(pilot.app)  # a text that is sound by itself changes nothing of that
 
     stage.play(story)
 
 
-def test_a_run_saves_makes_the_same_bytes_and_asks_before_it_replaces(recipe):
+def test_a_run_saves_and_asks_before_it_replaces(recipe):
+    out = recipe.parent / "out.safetensors"
+    out.write_bytes(b"an older one")
+
     async def story(pilot):
         app = pilot.app
         editor = await opened(pilot, recipe)
         editor.move_cursor((1, 0))
         await pilot.press("#", "f6")
-        await stage.sees(pilot, "[Jobs]", "run mix.toml")
-        assert recipe.read_text() == TEXT.replace("# by", "## by")
-        await stage.until(pilot, lambda: app.jobs[0].is_over, "the end of the job")
-        assert app.jobs[0].state == "done", app.jobs
-        await pilot.press("4")
-        await stage.sees(pilot, "[Recipe]")
-        await pilot.press("f6")
         await stage.sees(pilot, "is there already", "Yes, replace it")
+        assert recipe.read_text() == TEXT.replace("# by", "## by")
         await pilot.press("enter")
-        await pilot.pause(0.1)
-        assert len(app.jobs) == 1
+        await stage.until(pilot, lambda: not app.screen.is_modal)
+        assert app.jobs == ()
+        assert out.read_bytes() == b"an older one"
         await pilot.press("f6")
         await stage.sees(pilot, "is there already")
         await pilot.press("down", "enter")
-        await stage.until(pilot, lambda: len(app.jobs) == 2 and app.jobs[1].is_over, "the second job")
-        assert app.jobs[1].state == "done", app.jobs
-        assert app.jobs[1].arguments == ("run", str(recipe), "--force")
+        await stage.sees(pilot, "[Jobs]", "run mix.toml")
+        await stage.until(pilot, lambda: app.jobs[0].is_over, "the end of the job")
+        assert app.jobs[0].state == "done", app.jobs
+        assert app.jobs[0].arguments == ("run", str(recipe), "--force")
 
     stage.play(story)
-    made = (recipe.parent / "out.safetensors").read_bytes()
+    made = out.read_bytes()
     mk.run(recipe, force=True)
-    assert (recipe.parent / "out.safetensors").read_bytes() == made
+    assert out.read_bytes() == made
 
 
 def test_what_cannot_run_is_no_job(recipe):

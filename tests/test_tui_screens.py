@@ -76,7 +76,7 @@ def test_the_help(shelf):
     async def story(pilot):
         await stage.library(pilot, "nothing new")
         await pilot.press("question_mark")
-        await stage.sees(pilot, "Find an action")
+        await stage.sees(pilot, "Here: the table of models")
         await pilot.pause(0.2)
         stage.compare(pilot.app, "help-120x40")
 

@@ -8,13 +8,17 @@ import time
 from pathlib import Path
 
 import small_models
+from textual import _wait
 from textual.widgets import Static
 
 import mergekit_sd as mk
 from mergekit_sd_tui.app import Workbench
 
+# Pilot waits for idleness after each key, in naps of 20 ms; what a story waits for, it asks for itself.
+_wait.SLEEP_GRANULARITY = 0.004
+
 SCREENS = Path(__file__).parent / "screens"
-PATIENCE = 10.0  # seconds; a busy machine is slow
+PATIENCE = 30.0  # seconds; a busy machine is slow
 HOSTILE = ("[b] bold.safetensors", "[x=1 a.safetensors", "\x1b[31mred.safetensors", "x] end.safetensors")
 
 

@@ -7,6 +7,7 @@ other keys to a terminal: they are not to be used. On every screen ctrl+x stops 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from textual.binding import Binding, BindingType
@@ -18,7 +19,8 @@ APP = "app"
 class Action:
     """`id` is "place.name"; `keys` as Textual writes them, with commas; `label` stands in footer and palette.
 
-    `help` is a sentence. `footer`: whether it is worth a place there.
+    `help` is a sentence. `footer`: whether it is worth a place there. `of`: the ids of the widgets that it is about,
+    where that is not the screen's main one.
     """
 
     id: str
@@ -26,11 +28,17 @@ class Action:
     label: str
     help: str
     footer: bool = True
+    of: str = ""
 
     @property
     def place(self) -> str:
         """The screen that it works on; "app": on all of them."""
         return self.id.partition(".")[0]
+
+    @property
+    def widgets(self) -> Sequence[str]:
+        """The ids of the widgets that it is about."""
+        return (self.of or MAIN.get(self.place, "")).split()
 
     @property
     def call(self) -> str:
@@ -52,6 +60,16 @@ SCREENS = {
     "diff": "Diff",
 }
 
+# The widget that a screen is for, by its id: what its actions are about.
+MAIN = {
+    "library": "models",
+    "inspector": "tensors",
+    "jobs": "jobs",
+    "gallery": "pictures",
+    "diff": "differences",
+}
+BARS, LISTS, BOTH = "bars", "graph fields", "bars graph fields"
+
 ACTIONS = (
     Action("app.library", "1", "Library", "The models of this machine.", footer=False),
     Action("app.inspector", "2", "Inspector", "What is in the chosen model.", footer=False),
@@ -61,8 +79,8 @@ ACTIONS = (
     Action("app.gallery", "6", "Gallery", "Pictures of models by seeds.", footer=False),
     Action("app.diff", "7", "Diff", "Two models, block by block.", footer=False),
     Action("app.help", "question_mark,f1", "Help", "All keys of this screen."),
-    Action("app.command_palette", "ctrl+p", "Palette", "Find an action by its name."),
-    Action("app.undo", "z", "Undo", "Take the last marking back.", footer=False),
+    Action("app.command_palette", "ctrl+p", "Menu", "Find an action by its name."),
+    Action("app.undo", "z", "Undo", "Take the last change of marks or recipe back.", footer=False),
     Action("app.redo", "Z", "Redo", "Do again what was undone.", footer=False),
     Action("app.quit", "ctrl+q", "Quit", "Leave; what is under way is stopped first."),
     Action("library.inspect", "enter", "Inspect", "Look into the model under the cursor."),
@@ -100,32 +118,48 @@ ACTIONS = (
     Action("inspector.prune", "p", "Prune", "Write a copy without EMA and junk."),
     Action("inspector.stop", "ctrl+x", "Stop", "Stop the writing; nothing is left behind.", footer=False),
     Action("inspector.back", "escape", "Back", "Leave the filter, or go back to the library.", footer=False),
-    Action("mix.change", "enter", "Set", "Type this block's number; on a list: change it."),
-    Action("mix.preset", "p", "Preset", "Choose a preset by its shape; the base stays."),
-    Action("mix.curve", "c", "Curve", "From the mark to the cursor, or all of the UNet."),
+    Action("mix.change", "enter", "Set", "Type this block's number; on a list: change it.", of=BOTH),
+    Action("mix.preset", "p", "Preset", "Choose a preset by its shape; the base stays.", of=BARS),
+    Action("mix.curve", "c", "Curve", "From the mark to the cursor, or all of the UNet.", footer=False, of=BARS),
     Action("mix.method", "o", "Method", "Choose the method of the step by its formula.", footer=False),
     Action("mix.step", "n", "Step", "Add a step that goes on from this one."),
     Action("mix.add", "a", "Add", "Add the marked models, or one of the library.", footer=False),
     Action("mix.sample", "s", "Sample", "Draw with the step as it is, unwritten."),
     Action("mix.plan", "f5", "Plan", "What a run would read, compute and write."),
     Action("mix.run", "f6", "Run", "Write the outputs, as a job."),
-    Action("mix.left", "left", "Left", "A block to the left; the left one of the lists.", footer=False),
-    Action("mix.right", "right", "Right", "A block to the right; the right one of the lists.", footer=False),
-    Action("mix.up", "up", "More", "0.05 more; 0 and . begin a typed number.", footer=False),
-    Action("mix.down", "down", "Less", "0.05 less.", footer=False),
-    Action("mix.finer_up", "shift+up,plus", "A bit more", "0.01 more.", footer=False),
-    Action("mix.finer_down", "shift+down,underscore", "A bit less", "0.01 less.", footer=False),
-    Action("mix.first", "home", "First", "The first block.", footer=False),
-    Action("mix.last", "end", "Last", "The last block.", footer=False),
-    Action("mix.most", "pageup", "Most", "1 for this block.", footer=False),
-    Action("mix.least", "pagedown", "Least", "0 for this block.", footer=False),
-    Action("mix.pin", "space", "Mark", "Begin a range that goes from here to the cursor.", footer=False),
-    Action("mix.invert", "i", "Invert", "1 less each number: the marked blocks', or all.", footer=False),
-    Action("mix.scale", "x", "Scale", "Multiply the marked blocks, or all.", footer=False),
-    Action("mix.copy", "y", "Copy", "The numbers as the WebUI takes them, base first.", footer=False),
-    Action("mix.paste", "v", "Paste", "The WebUI's numbers, a preset's name, a number.", footer=False),
-    Action("mix.remove", "delete,backspace", "Remove", "Leave out the model, step or operand here.", footer=False),
-    Action("mix.back", "escape", "Back", "Back to the bars; no mark; the library.", footer=False),
+    Action(
+        "mix.left",
+        "left",
+        "Left",
+        "A block to the left; the left one of the lists.",
+        footer=False,
+        of=BOTH,
+    ),
+    Action(
+        "mix.right",
+        "right",
+        "Right",
+        "A block to the right; the right one of the lists.",
+        footer=False,
+        of=BOTH,
+    ),
+    Action("mix.up", "up", "More", "0.05 more; 0 and . begin a typed number.", footer=False, of=BARS),
+    Action("mix.down", "down", "Less", "0.05 less.", footer=False, of=BARS),
+    Action("mix.finer_up", "shift+up,plus", "A bit more", "0.01 more.", footer=False, of=BARS),
+    Action("mix.finer_down", "shift+down,underscore", "A bit less", "0.01 less.", footer=False, of=BARS),
+    Action("mix.first", "home", "First", "The first block.", footer=False, of=BARS),
+    Action("mix.last", "end", "Last", "The last block.", footer=False, of=BARS),
+    Action("mix.most", "pageup", "Most", "1 for this block.", footer=False, of=BARS),
+    Action("mix.least", "pagedown", "Least", "0 for this block.", footer=False, of=BARS),
+    Action("mix.pin", "space", "Mark", "Begin a range that goes from here to the cursor.", footer=False, of=BARS),
+    Action("mix.invert", "i", "Invert", "1 less each number: the marked blocks', or all.", footer=False, of=BARS),
+    Action("mix.scale", "x", "Scale", "Multiply the marked blocks, or all.", footer=False, of=BARS),
+    Action("mix.copy", "y", "Copy", "The numbers as the WebUI takes them, base first.", footer=False, of=BARS),
+    Action("mix.paste", "v", "Paste", "The WebUI's numbers, a preset's name, a number.", footer=False, of=BARS),
+    Action(
+        "mix.remove", "delete,backspace", "Remove", "Leave out this model, step or operand.", footer=False, of=LISTS
+    ),
+    Action("mix.back", "escape", "Back", "Back to the bars, then to the library.", footer=False),
     Action("recipe.save", "ctrl+s", "Save", "Write the recipe's file."),
     Action("recipe.plan", "f5", "Plan", "Tell what a run would do, from headers alone."),
     Action("recipe.run", "f6", "Run", "Save the recipe and run it as a job."),
@@ -138,7 +172,7 @@ ACTIONS = (
     ),
     Action("recipe.open", "ctrl+o", "Open", "Open a recipe's file."),
     Action("jobs.open", "enter", "Open", "Look into the file that the job made."),
-    Action("jobs.cancel", "x,c", "Cancel", "Stop the job; nothing of what it had begun is left."),
+    Action("jobs.cancel", "ctrl+x,x,c", "Cancel", "Stop the job; nothing of what it had begun is left."),
     Action("jobs.retry", "r", "Retry", "Run the same once more."),
     Action("jobs.remove", "delete,d", "Remove", "Take the job from the list; its files stay."),
     Action("jobs.pictures", "p", "Pictures", "Show the pictures that the job drew."),

@@ -17,6 +17,7 @@ from typing import ClassVar
 from textual import on
 from textual.app import App, SystemCommand
 from textual.binding import Binding
+from textual.filter import LineFilter
 from textual.reactive import var
 from textual.screen import Screen
 from textual.theme import Theme
@@ -26,13 +27,14 @@ from mergekit_sd.errors import MergekitError
 from mergekit_sd.text import count, shown
 from mergekit_sd_tui.actions import ACTIONS, APP, actions_of, bindings
 from mergekit_sd_tui.drafting import new_mix
+from mergekit_sd_tui.glyphs import LETTERS, filters
 from mergekit_sd_tui.history import History
 from mergekit_sd_tui.jobs import Job, JobQueue
 from mergekit_sd_tui.messages import Failed, JobEnded
 from mergekit_sd_tui.screens.choose import Choose
 from mergekit_sd_tui.screens.diff import DiffScreen
 from mergekit_sd_tui.screens.gallery import GalleryScreen
-from mergekit_sd_tui.screens.help import HelpScreen
+from mergekit_sd_tui.screens.help import HelpScreen, sections
 from mergekit_sd_tui.screens.inspector import InspectorScreen
 from mergekit_sd_tui.screens.jobs import JobsScreen
 from mergekit_sd_tui.screens.library import LibraryScreen
@@ -67,13 +69,12 @@ class Workbench(App[None], inherit_bindings=False):
     .-wide .main { height: 1fr; width: 2fr; }
     .side { height: 1fr; width: 1fr; border-top: solid $primary; padding: 0 1; }
     .-wide .side { height: 1fr; width: 1fr; border-top: none; border-left: solid $primary; }
-    .-short .side { display: none; }
+    .-short .side, .empty .side { display: none; }
     .status { height: 1; background: $panel; padding: 0 1; }
     .filter { display: none; height: 1; border: none; padding: 0 1; }
     .places { height: 1; background: $panel; padding: 0 1; }
     .-short .places { display: none; }
     .side, ModelTable, TensorTree { scrollbar-size: 1 1; }
-    .filter.open { display: block; }
     """
 
     history: var[History[Workspace]] = var(History(Workspace()), init=False)
@@ -93,6 +94,7 @@ class Workbench(App[None], inherit_bindings=False):
         super().__init__()
         self._settings = load_settings()
         self._start = start
+        self._ascii = filters()
         self.queue = JobQueue(self._show_jobs, self._tell_end)
         self._leaving = False
 
@@ -115,6 +117,15 @@ class Workbench(App[None], inherit_bindings=False):
     def folder(self) -> Path | None:
         """The folder that the user named at the start, for the library to scan."""
         return self._start if self._start is not None and self._start.is_dir() else None
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """What all that is drawn goes through."""
+        return (*super().get_line_filters(), *self._ascii)
+
+    def get_key_display(self, binding: Binding) -> str:
+        """A key as people write it; in letters where the terminal has no signs for it."""
+        display = super().get_key_display(binding)
+        return LETTERS.get(binding.key, binding.key) if self._ascii and not display.isascii() else display
 
     def _leave_on_signals(self) -> None:
         """`kill` and a closed terminal leave as ctrl+q does: workers stop, the terminal is as it was."""
@@ -219,6 +230,9 @@ class Workbench(App[None], inherit_bindings=False):
             self.made = (*self.made, *job.files)
         severity = "error" if job.state == "failed" else "information"
         words = told(job.error) if job.state == "failed" and job.error else f"{shown(job.title)}: {job.state}"
+        if job.pictures and self.current_mode != "gallery":
+            self.pictures = job.pictures
+            words += f"; {self.keys_of('app.gallery')} shows its pictures"
         self.say(words, title=f"{shown(job.title)} failed" if job.state == "failed" else "", severity=severity)
 
     def say(self, words: str, *, title: str = "", severity: str = "information") -> None:
@@ -279,10 +293,10 @@ class Workbench(App[None], inherit_bindings=False):
         await self.queue.close()
 
     def action_help(self) -> None:
-        """All keys of the screen."""
+        """All keys of the screen, those of the focused widget first."""
         place = self.current_mode
-        keys = {action.id: self.keys_of(action.id) for action in actions_of(place)}
-        self.push_screen(HelpScreen(actions_of(place), keys))
+        every = sections(place, self.screen, self.keys_of, self.get_key_display)
+        self.push_screen(HelpScreen(every, [action.id for action in actions_of(place)]))
 
     def keys_of(self, action_id: str) -> str:
         """The keys of an action as people write them, the user's own included."""

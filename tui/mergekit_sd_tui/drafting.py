@@ -7,7 +7,7 @@ RecipeError is raised and nothing has happened. Must not know widgets or read mo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -77,15 +77,32 @@ def file_text(path: Path, folder: Path) -> str:
 
 
 def detached(draft: Draft) -> str:
-    """The text for a recipe in another folder: what lies beside the draft is named by its whole path."""
+    """The text for a recipe elsewhere that draws but writes nothing: models by their whole paths, no samples."""
     document = _parsed(draft.text)
-    for name, entry in document.get("models", {}).items():
-        table, key = (entry, "file") if isinstance(entry, dict) else (document["models"], name)
-        beside = draft.folder.absolute() / Path(str(table[key])).expanduser()
-        if beside.exists():
-            toml.write(table, key, str(beside))
+    _rename_files(document, draft.folder, str)
     document.pop("samples", None)
     return _checked(tomlkit.dumps(document))
+
+
+def moved(text: str, folder: Path, to: Path) -> str:
+    """The text for a recipe in another folder, where its models are the same files; as it is where it is no recipe."""
+    try:
+        document = _parsed(text) if folder != to else None
+    except RecipeError:
+        document = None
+    if document is None:
+        return text
+    _rename_files(document, folder, lambda path: file_text(path, to))
+    return tomlkit.dumps(document)
+
+
+def _rename_files(document: tomlkit.TOMLDocument, folder: Path, name_of: Callable[[Path], str]) -> None:
+    """Another name for each model that lies where its relative path says: others are found under roots."""
+    for name, entry in document.get("models", {}).items():
+        table, key = (entry, "file") if isinstance(entry, dict) else (document["models"], name)
+        beside = folder.absolute() / Path(str(table[key])).expanduser()
+        if beside.exists():
+            toml.write(table, key, name_of(beside))
 
 
 # --- parameters -----------------------------------------------------------------------------------------
@@ -267,6 +284,7 @@ def set_method(text: str, step: str, op: str) -> str:
     with _edited(text) as document:
         table = _step(document, step)
         plain = table.unwrap()
+        tail = toml.cut_tail(table)
         sources = [*document.get("models", {}), *(each for each in document.get("steps", {}) if each != step)]
         used = [name for name in labels(plain).values() if name]
         wanted = _step_values(op, used, others=sources, given=plain)
@@ -275,6 +293,8 @@ def set_method(text: str, step: str, op: str) -> str:
         for key, value in wanted.items():
             if key not in table or table[key].unwrap() != value:
                 toml.write(table, key, value)
+        toml.put_in_order(table, list(wanted))
+        toml.append_tail(table, tail)
     return _checked(tomlkit.dumps(document))
 
 

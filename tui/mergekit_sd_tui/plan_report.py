@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 import mergekit_sd as mk
-from mergekit_sd.errors import MergekitError
+from mergekit_sd.errors import MergekitError, OutputExists
 from mergekit_sd.text import count, shown, size
 from mergekit_sd_tui.glyphs import takes_unicode
 
@@ -42,6 +42,25 @@ def problem(error: MergekitError, *, named: bool) -> Text:
     if error.hint:
         text.append(f"\n{shown(error.hint)}", style="italic")
     return text
+
+
+def placed(error: MergekitError, recipe: mk.Recipe) -> MergekitError:
+    """An error that planning found, with the line of what it is about, as far as its key or its file tells that."""
+    if error.line or isinstance(error, OutputExists):
+        return error
+    roots = mk.load_roots()
+    files = {
+        name: (ref.file, str(mk.input_path(ref.file, recipe.folder, roots))) for name, ref in recipe.models.items()
+    }
+    of_file = [("models", name) for name, spelled in files.items() if error.file in spelled]
+    of_key = [path for path in recipe.positions.offsets if error.key and recipe.error("", path).key == error.key]
+    for path in (*of_key, *of_file):
+        place = recipe.error("", path)
+        named = any(error.file in detail for detail in error.details if error.file)
+        details = (error.file, *error.details) if error.file and not named else error.details
+        where = {"key": place.key, "line": place.line, "column": place.column}
+        return MergekitError(error.message, **where, hint=error.hint, details=details)  # type: ignore[arg-type]
+    return error
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -124,7 +124,9 @@ def details(entry: mk.LibraryEntry, beside: Iterable[str] | None) -> Text:
 
 def _facts(entry: mk.LibraryEntry) -> Iterable[tuple[str, str]]:
     if not entry.error:
-        yield "is", f"{entry.architecture or ''} {entry.what}".strip() + f", {entry.format}"
+        yield "is", f"{entry.architecture or ''} {entry.what}".strip()
+    if entry.format:
+        yield "format", entry.format
     yield "size", size(entry.state.size)
     yield "written", f"{entry.modified:%Y-%m-%d %H:%M}"
     for label, words in (("title", entry.title), ("trained as", entry.trained_as)):
@@ -134,11 +136,11 @@ def _facts(entry: mk.LibraryEntry) -> Iterable[tuple[str, str]]:
         yield PARTS.get(name, name), size(nbytes)
     for label, nbytes in (("EMA", entry.ema), ("junk", entry.junk)):
         if nbytes:
-            yield label, f"{size(nbytes)}: [2] [p] writes a copy without"
+            yield label, f"{size(nbytes)}, Prune drops it"
     if entry.dtypes:
         yield "dtypes", ", ".join(f"{name} {number:,}" for name, number in entry.dtypes.items())
     if entry.position_ids:
-        mend = ": [2] [f] mends them" if entry.position_ids == "corrupt" else ""
+        mend = ": Fix mends them" if entry.position_ids == "corrupt" else ""
         yield "position_ids", entry.position_ids + mend
     for parent in entry.parents:
         yield "made of", parent.get("name", "?")

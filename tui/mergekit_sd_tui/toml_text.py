@@ -7,7 +7,7 @@ Must not know recipes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import tomlkit
@@ -119,6 +119,25 @@ def cut_tail(table: Table) -> list[tuple[Any, Item]]:
     while body and body[-1][0] is None and isinstance(body[-1][1], Comment | Whitespace):
         tail.insert(0, body.pop())
     return tail
+
+
+def put_in_order(table: Table, keys: Sequence[str]) -> None:
+    """Keys and their values in this order; each takes the comments above it along, tables stay at the end."""
+    pieces: dict[str, list[tuple[Any, Item]]] = {}
+    above: list[tuple[Any, Item]] = []
+    for entry in table.value.body:
+        if entry[0] is not None or isinstance(entry[1], Comment | Whitespace):  # what was removed is neither
+            above.append(entry)
+        if entry[0] is not None:
+            pieces[entry[0].key], above = above, []
+    ordered = sorted(pieces, key=lambda key: (isinstance(pieces[key][-1][1], Table), keys.index(key)))
+    if ordered != list(pieces):
+        for key in pieces:
+            table.remove(key)
+        table.value.body.clear()
+        for key in ordered:
+            for name, item in pieces[key]:
+                table.append(name, item)
 
 
 def append_tail(table: Table | Container, tail: Iterable[tuple[Any, Item]]) -> None:

@@ -37,14 +37,14 @@ class DiffTable(DataTable[Text], inherit_bindings=False):
     """Rows of blocks, or of one block's tensors."""
 
     BINDINGS: ClassVar = [
-        Binding("up,k", "cursor_up", show=False),
-        Binding("down,j", "cursor_down", show=False),
-        Binding("pageup", "page_up", show=False),
-        Binding("pagedown", "page_down", show=False),
-        Binding("home,g", "scroll_top", show=False),
-        Binding("end,G", "scroll_bottom", show=False),
-        Binding("left", "scroll_left", show=False),
-        Binding("right", "scroll_right", show=False),
+        Binding("up,k", "cursor_up", "Up", show=False),
+        Binding("down,j", "cursor_down", "Down", show=False),
+        Binding("pageup", "page_up", "A page up", show=False),
+        Binding("pagedown", "page_down", "A page down", show=False),
+        Binding("home,g", "scroll_top", "First", show=False),
+        Binding("end,G", "scroll_bottom", "Last", show=False),
+        Binding("left", "scroll_left", "Scroll left", show=False),
+        Binding("right", "scroll_right", "Scroll right", show=False),
     ]
 
 
@@ -104,6 +104,7 @@ class DiffScreen(WorkingScreen):
                 f"({keys('app.library')}, {keys('library.mark')}), then {keys('library.diff')} there, "
                 f"or {keys('diff.renew')} here.",
             )
+            self.add_class("empty")
             self.tell("Nothing is compared yet")
         elif self.start_long("The comparison", lambda post, token: _compare(*pair, post, token)):
             self._pair, self._found, self._inside, self._marked = pair, None, None, ()
@@ -111,6 +112,7 @@ class DiffScreen(WorkingScreen):
             self._put("name", diff_rows.title_words(*pair))
             self._put("empty", "Both files are read once.")
             self._put("details", "")
+            self.add_class("empty")
             self.tell("Comparing …")
 
     # --- what workers tell ---
@@ -119,6 +121,7 @@ class DiffScreen(WorkingScreen):
     def _compared(self, message: messages.Compared) -> None:
         self._found = message.found
         self.add_class("compared")
+        self.remove_class("empty")
         self.finished(diff_rows.summary(message.found))
         self._refill()
         self._table.focus()

@@ -106,7 +106,7 @@ class GalleryScreen(WorkingScreen):
         """Where jobs drew, then beside the models and the recipe in hand, then here."""
         bench = self.workbench
         drawn = [job.pictures for job in reversed(bench.jobs) if job.pictures]
-        files = [*([bench.current] if bench.current else []), *bench.workspace.marked]
+        files = [*([bench.current] if bench.current else []), *bench.workspace.marked, *bench.made]
         beside = [path.parent for path in files] + [bench.workspace.draft.folder, Path.cwd()]
         asked = [bench.pictures] if bench.pictures else []
         return list(dict.fromkeys(path.absolute() for path in (*asked, *drawn, *beside)))
@@ -120,11 +120,12 @@ class GalleryScreen(WorkingScreen):
             self._open(self._known[0])
         elif self._folder is None:
             self.add_class("empty")
-            key = self.workbench.keys_of("gallery.folder")
+            keys = self.workbench.keys_of
             self._put(
                 "empty",
-                f"No samples were found. `mergekit-sd sample MODEL -o DIR` draws some.\n\n"
-                f"{key} opens a folder that has some.",
+                f"No samples were found.\n\n{keys('mix.sample')} on the Mix screen ({keys('app.mix')}) draws with a "
+                "mix, `mergekit-sd sample MODEL -o DIR` with a model;\na recipe with [[samples]] draws when it is run."
+                f"\n\n{keys('gallery.folder')} opens a folder that has some.",
             )
             self.tell("No samples yet")
         else:
@@ -320,7 +321,7 @@ class GalleryScreen(WorkingScreen):
             self._flicker = None
 
     def action_favourite(self) -> None:
-        """Make it a favourite, or no longer; kept beside the report."""
+        """Make it a favourite, or no longer; kept though the folder be drawn anew."""
         picture = self._picture
         if picture is None or self._folder is None:
             return

@@ -39,6 +39,9 @@ class InspectorScreen(WorkingScreen):
     InspectorScreen #tree { height: 2fr; width: 1fr; }
     InspectorScreen.-wide #tree { height: 1fr; width: 2fr; }
     InspectorScreen #tensors { height: 1fr; width: 1fr; }
+    InspectorScreen #empty { display: none; padding: 1 2; height: 1fr; }
+    InspectorScreen.empty #empty { display: block; }
+    InspectorScreen.empty #tree { display: none; }
     InspectorScreen #name { height: 1; text-style: bold; padding: 0 1; }
     """
 
@@ -59,6 +62,7 @@ class InspectorScreen(WorkingScreen):
             with Vertical(id="tree"):
                 yield Input(placeholder="words in the names of tensors", id="filter", classes="filter")
                 yield TensorTree()
+            yield Static(id="empty")
             with VerticalScroll(classes="side"):
                 yield Static(id="node")
                 yield Static(id="model")
@@ -85,10 +89,15 @@ class InspectorScreen(WorkingScreen):
         self._tree.show_leaves((), opened=False)
         for where in ("name", "node", "model", "metadata"):
             self._put(where, "")
+        self.set_class(path is None, "empty")
         if path is None:
-            key = self.workbench.keys_of("app.library")
-            self._put("name", f"No model is chosen: {key} goes to the library, Enter there shows a model here.")
-            self.tell("")
+            keys = self.workbench.keys_of
+            self._put(
+                "empty",
+                "No model is chosen yet.\n\nA model is shown here down to its tensors: go to the library "
+                f"({keys('app.library')}) and press {keys('library.inspect')} on one.",
+            )
+            self.tell("No model yet")
             return
         self._put("name", Text(f"{shown(path.name)}  in {shown(str(path.parent))}", no_wrap=True, overflow="ellipsis"))
         self.tell("Reading …")
@@ -148,8 +157,9 @@ class InspectorScreen(WorkingScreen):
 
     def action_filter(self) -> None:
         """Type words."""
-        self.query_one("#filter").add_class("open")
-        self.query_one("#filter").focus()
+        box = self.query_one("#filter", Input)
+        box.display = True
+        self.set_focus(box)  # at once: what is typed meanwhile is no key
 
     @on(Input.Changed, "#filter")
     def _filter_typed(self) -> None:
@@ -171,9 +181,9 @@ class InspectorScreen(WorkingScreen):
     def action_back(self) -> None:
         """Leave the filter, else go back to the library."""
         box = self.query_one("#filter", Input)
-        if box.has_class("open"):
+        if box.display:
             box.value = ""
-            box.remove_class("open")
+            box.display = False
             self._filter()
             self._tree.focus()
         else:

@@ -27,6 +27,7 @@ class JobsScreen(WorkingScreen):
 
     place = "jobs"
     BINDINGS: ClassVar = bindings(place)
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]  # noqa: RUF012  # beside a list of all columns
     CSS = """
     JobsScreen #list { height: 1fr; width: 1fr; }
     JobsScreen.-wide #list { height: 1fr; width: 2fr; }

@@ -276,8 +276,9 @@ class LibraryScreen(WorkingScreen):
 
     def action_filter(self) -> None:
         """Type words."""
-        self.query_one("#filter").add_class("open")
-        self.query_one("#filter").focus()
+        box = self.query_one("#filter", Input)
+        box.display = True
+        self.set_focus(box)  # at once: what is typed meanwhile is no key
 
     @on(Input.Changed, "#filter")
     def _filter_typed(self) -> None:
@@ -300,9 +301,9 @@ class LibraryScreen(WorkingScreen):
     def action_back(self) -> None:
         """Leave the filter, else the groups."""
         box = self.query_one("#filter", Input)
-        if box.has_class("open"):
+        if box.display:
             box.value = ""
-            box.remove_class("open")
+            box.display = False
             self._filter()
         elif self._groups is not None:
             self._groups = None
@@ -382,7 +383,8 @@ def _first_words(folders: Iterable[mk.ModelFolder], key: str) -> Text:
         return Text(
             "No folders of models were found.\n\nName one on the command line:\n\n"
             "  mergekit-sd library scan DIR\n  mergekit-sd roots add NAME DIR\n\n"
-            f"then press {key} here."
+            f"then press {key} here. No models at hand? `mergekit-sd demo` makes a folder of small ones, and\n"
+            "`mergekit-sd tui mergekit-sd-demo` opens it."
         )
     lines = "\n".join(f"  {shown(str(folder.path))}  ({shown(folder.why)})" for folder in every[:12])
     more = f"\n  … and {len(every) - 12} more" if len(every) > 12 else ""

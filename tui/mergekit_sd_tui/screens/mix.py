@@ -20,7 +20,7 @@ from textual.widgets.option_list import Option
 
 import mergekit_sd as mk
 from mergekit_sd.errors import MergekitError
-from mergekit_sd.text import shown
+from mergekit_sd.text import count, shown
 from mergekit_sd_tui import drafting, messages, mix_rows, weights
 from mergekit_sd_tui.actions import bindings
 from mergekit_sd_tui.bars import BlockBars
@@ -71,7 +71,7 @@ class MixScreen(BarActions, FieldActions, PictureActions):
             yield Static(id="formula")
             yield Static(id="value")
             with Horizontal(id="bench"):
-                yield BlockBars()
+                yield BlockBars(id="bars")
                 yield PictureView(id="picture")
         yield Static(id="status", classes="status")
         yield Footer(show_command_palette=False)
@@ -113,7 +113,7 @@ class MixScreen(BarActions, FieldActions, PictureActions):
     def _first_words(self) -> Text:
         keys = self.workbench.keys_of
         marked = len(self.workbench.workspace.marked)
-        ready = f"\n\n{marked} models are marked: {keys('mix.add')} mixes them." if marked else ""
+        ready = f"\n\n{count(marked, 'model')} marked: {keys('mix.add')} mixes them." if marked else ""
         return Text(
             f"Nothing is mixed yet.\n\nMark models in the library (key {keys('app.library')}, then Space), come back "
             f"and press {keys('mix.add')};\nor press {keys('mix.add')} now and choose one by its name.{ready}"

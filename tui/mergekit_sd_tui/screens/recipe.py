@@ -344,7 +344,7 @@ class RecipeScreen(WorkingScreen):
 
     def action_write(self) -> None:
         """Back into the editor."""
-        self._editor.focus()
+        self.set_focus(self._editor)  # at once: what is typed meanwhile is text
 
 
 def _free_path(folder: Path) -> Path:
