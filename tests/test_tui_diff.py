@@ -245,6 +245,6 @@ def test_the_screen(pair, size):
         await compared(pilot, pair)
         await pilot.press(*["down"] * 4, "space", "up")
         await pilot.pause(0.2)
-        stage.compare(pilot.app, f"diff-{size[0]}x{size[1]}")
+        await stage.looks(pilot, f"diff-{size[0]}x{size[1]}")
 
     stage.play(story, size)

@@ -499,6 +499,6 @@ def test_the_screen(drawn, size, monkeypatch):
         await shows(pilot, drawn)
         await pilot.press("space", "right", "f", "right")
         await pilot.pause(0.2)
-        stage.compare(pilot.app, f"gallery-{size[0]}x{size[1]}")
+        await stage.looks(pilot, f"gallery-{size[0]}x{size[1]}")
 
     stage.play(story, size)

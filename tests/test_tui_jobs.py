@@ -291,7 +291,7 @@ def test_the_screen(size):
         await pilot.press("up")
         await stage.sees(pilot, "30 s left", "log")
         await pilot.pause(0.2)
-        stage.compare(pilot.app, f"jobs-{size[0]}x{size[1]}")
+        await stage.looks(pilot, f"jobs-{size[0]}x{size[1]}")
         await pilot.press("up")
         await stage.sees(pilot, "The output [exists] already.", "give --force", "[b] x\\x1b")
 

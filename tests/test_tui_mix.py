@@ -402,6 +402,6 @@ def test_the_screen(models, size):
         await presses(pilot, "p", "GRAD_V")
         await presses(pilot, "right right right up space right right")
         await pilot.pause(0.3)
-        stage.compare(pilot.app, f"mix-{size[0]}x{size[1]}")
+        await stage.looks(pilot, f"mix-{size[0]}x{size[1]}")
 
     mixing(models, story, size, ("apple", "[b] pear", "plum"))

@@ -477,7 +477,7 @@ def test_the_screen(at_one_place, size):
         await pilot.press("f5")
         await stage.until(pilot, lambda: "reads" in stage.status(pilot.app), "the plan")
         await pilot.pause(0.3)
-        stage.compare(pilot.app, f"recipe-{size[0]}x{size[1]}")
+        await stage.looks(pilot, f"recipe-{size[0]}x{size[1]}")
 
     stage.play(story, size)
 
@@ -490,7 +490,7 @@ def test_the_screen_with_a_problem(at_one_place, size):
         pilot.app.open_recipe(at_one_place)
         await stage.sees(pilot, "did you mean", "a problem", "Write")
         await pilot.pause(0.3)
-        stage.compare(pilot.app, f"recipe-problem-{size[0]}x{size[1]}")
+        await stage.looks(pilot, f"recipe-problem-{size[0]}x{size[1]}")
 
     stage.play(story, size)
 

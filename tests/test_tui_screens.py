@@ -54,7 +54,7 @@ def test_the_library(shelf, size):
         await pilot.press("down", "down", "space", "up")
         await stage.sees(pilot, " *  lantern", "1 model marked")
         await pilot.pause(0.6)
-        stage.compare(pilot.app, f"library-{size[0]}x{size[1]}")
+        await stage.looks(pilot, f"library-{size[0]}x{size[1]}")
 
     stage.play(story, size)
 
@@ -67,7 +67,7 @@ def test_the_inspector(shelf, size):
         await stage.until(pilot, lambda: "tensors" in stage.status(pilot.app))
         await pilot.press("enter", "down", "enter", "down")
         await pilot.pause(0.3)
-        stage.compare(pilot.app, f"inspector-{size[0]}x{size[1]}")
+        await stage.looks(pilot, f"inspector-{size[0]}x{size[1]}")
 
     stage.play(story, size)
 
@@ -78,6 +78,6 @@ def test_the_help(shelf):
         await pilot.press("question_mark")
         await stage.sees(pilot, "Here: the table of models")
         await pilot.pause(0.2)
-        stage.compare(pilot.app, "help-120x40")
+        await stage.looks(pilot, "help-120x40")
 
     stage.play(story, (120, 40))

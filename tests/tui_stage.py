@@ -86,10 +86,14 @@ def _is_quiet(app) -> bool:
     return bool(words) and "Reading" not in words and not app.screen.busy
 
 
-def compare(app, name):
-    """The screen is what its file says; `MERGEKIT_SD_RENEW=1` writes it anew."""
+async def looks(pilot, name):
+    """The screen comes to look as its file says; `MERGEKIT_SD_RENEW=1` writes it anew."""
     path = SCREENS / f"{name}.txt"
-    text = shown(app) + "\n"
     if os.environ.get("MERGEKIT_SD_RENEW"):
-        path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
+        await pilot.pause(1)
+        path.write_text(shown(pilot.app) + "\n", encoding="utf-8")
+    expected = path.read_text(encoding="utf-8")
+    end = time.monotonic() + PATIENCE
+    while (text := shown(pilot.app) + "\n") != expected and time.monotonic() < end:
+        await pilot.pause(0.02)
+    assert text == expected

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.text import Text
-from textual.binding import Binding
 from textual.coordinate import Coordinate
 from textual.widgets import DataTable
 
 import mergekit_sd as mk
 from mergekit_sd_tui import rows
+from mergekit_sd_tui.list_keys import list_keys
 
 PORTION = 0.01  # seconds of adding rows at a time
 REST = 0.02  # seconds between two portions: keys are answered and the screen is drawn
@@ -43,16 +43,7 @@ class Mark(Text):
 class ModelTable(DataTable[Text], inherit_bindings=False):
     """Models as rows, with one of them under the cursor."""
 
-    BINDINGS: ClassVar = [
-        Binding("up,k", "cursor_up", "Up", show=False),
-        Binding("down,j", "cursor_down", "Down", show=False),
-        Binding("pageup", "page_up", "A page up", show=False),
-        Binding("pagedown", "page_down", "A page down", show=False),
-        Binding("home,g", "scroll_top", "First", show=False),
-        Binding("end,G", "scroll_bottom", "Last", show=False),
-        Binding("left", "scroll_left", "Scroll left", show=False),
-        Binding("right", "scroll_right", "Scroll right", show=False),
-    ]
+    BINDINGS: ClassVar = list_keys()
 
     def __init__(self, is_marked: Callable[[Path], bool]) -> None:
         super().__init__(cursor_type="row", fixed_columns=2, id="models", classes="main")

@@ -123,15 +123,15 @@ def details(entry: mk.LibraryEntry, beside: Iterable[str] | None) -> Text:
 
 
 def _facts(entry: mk.LibraryEntry) -> Iterable[tuple[str, str]]:
-    if not entry.error:
-        yield "is", f"{entry.architecture or ''} {entry.what}".strip()
-    if entry.format:
-        yield "format", entry.format
-    yield "size", size(entry.state.size)
-    yield "written", f"{entry.modified:%Y-%m-%d %H:%M}"
-    for label, words in (("title", entry.title), ("trained as", entry.trained_as)):
-        if words:
-            yield label, words
+    said = (
+        ("is", "" if entry.error else f"{entry.architecture or ''} {entry.what}".strip()),
+        ("format", entry.format),
+        ("size", size(entry.state.size)),
+        ("written", f"{entry.modified:%Y-%m-%d %H:%M}"),
+        ("title", entry.title),
+        ("trained as", entry.trained_as),
+    )
+    yield from ((label, words) for label, words in said if words)
     for name, nbytes in entry.components.items():
         yield PARTS.get(name, name), size(nbytes)
     for label, nbytes in (("EMA", entry.ema), ("junk", entry.junk)):

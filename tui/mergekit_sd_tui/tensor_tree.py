@@ -11,12 +11,12 @@ from typing import ClassVar, TypeAlias
 
 from rich.text import Text
 from textual import on
-from textual.binding import Binding
 from textual.widgets import Tree
 from textual.widgets.tree import TreeNode
 
 from mergekit_sd.text import count, shown, size
 from mergekit_sd_tui.leaves import PARTS, Leaf, common_start
+from mergekit_sd_tui.list_keys import list_keys
 
 MOST_OPENED = 300  # tensors that a filter leaves for all branches to be opened
 
@@ -43,16 +43,7 @@ Data: TypeAlias = Branch | Leaf
 class TensorTree(Tree[Data], inherit_bindings=False):
     """The tree; what is under its cursor is a Branch or a Leaf."""
 
-    BINDINGS: ClassVar = [
-        Binding("up,k", "cursor_up", "Up", show=False),
-        Binding("down,j", "cursor_down", "Down", show=False),
-        Binding("pageup", "page_up", "A page up", show=False),
-        Binding("pagedown", "page_down", "A page down", show=False),
-        Binding("home,g", "scroll_home", "First", show=False),
-        Binding("end,G", "scroll_end", "Last", show=False),
-        Binding("left", "scroll_left", "Scroll left", show=False),
-        Binding("right", "scroll_right", "Scroll right", show=False),
-    ]
+    BINDINGS: ClassVar = list_keys("scroll_home", "scroll_end")
 
     def __init__(self) -> None:
         super().__init__(Text(""), id="tensors", classes="main")

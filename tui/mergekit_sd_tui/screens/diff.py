@@ -14,7 +14,6 @@ from typing import ClassVar
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding
 from textual.containers import Container, VerticalScroll
 from textual.widgets import DataTable, Footer, Static
 
@@ -25,6 +24,7 @@ from mergekit_sd.text import count, listed, shown, size
 from mergekit_sd_tui import diff_rows, messages
 from mergekit_sd_tui.actions import bindings
 from mergekit_sd_tui.drafting import new_mix, set_parameter
+from mergekit_sd_tui.list_keys import list_keys
 from mergekit_sd_tui.screens.ask_more import AskLora, LoraWish
 from mergekit_sd_tui.screens.working import Post, WorkingScreen
 from mergekit_sd_tui.state import Draft
@@ -36,16 +36,7 @@ COMPONENTS = ("text_encoder", "text_encoder_2", "vae")
 class DiffTable(DataTable[Text], inherit_bindings=False):
     """Rows of blocks, or of one block's tensors."""
 
-    BINDINGS: ClassVar = [
-        Binding("up,k", "cursor_up", "Up", show=False),
-        Binding("down,j", "cursor_down", "Down", show=False),
-        Binding("pageup", "page_up", "A page up", show=False),
-        Binding("pagedown", "page_down", "A page down", show=False),
-        Binding("home,g", "scroll_top", "First", show=False),
-        Binding("end,G", "scroll_bottom", "Last", show=False),
-        Binding("left", "scroll_left", "Scroll left", show=False),
-        Binding("right", "scroll_right", "Scroll right", show=False),
-    ]
+    BINDINGS: ClassVar = list_keys()
 
 
 class DiffScreen(WorkingScreen):

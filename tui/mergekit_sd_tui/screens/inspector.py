@@ -13,7 +13,6 @@ from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Container, Vertical, VerticalScroll
-from textual.timer import Timer
 from textual.widgets import Footer, Input, Static, Tree
 
 import mergekit_sd as mk
@@ -25,8 +24,8 @@ from mergekit_sd_tui.leaves import Leaf, read_leaves
 from mergekit_sd_tui.screens.ask import AskPath, free_path
 from mergekit_sd_tui.screens.working import Post, WorkingScreen
 from mergekit_sd_tui.tensor_tree import TensorTree
+from mergekit_sd_tui.word_filter import WordFilter
 
-PAUSE = 0.15  # seconds without a key before the filter is applied
 PROGRESS_SECONDS = 0.1
 
 
@@ -52,7 +51,6 @@ class InspectorScreen(WorkingScreen):
         self._leaves: tuple[Leaf, ...] = ()
         self._numbers: dict[str, Any] = {}
         self._words: list[str] = []
-        self._typing: Timer | None = None
 
     def compose(self) -> ComposeResult:
         """The model's name, tree and details, the line that tells, the keys."""
@@ -60,7 +58,7 @@ class InspectorScreen(WorkingScreen):
         yield Static(id="name")
         with Container(id="body"):
             with Vertical(id="tree"):
-                yield Input(placeholder="words in the names of tensors", id="filter", classes="filter")
+                yield WordFilter("words in the names of tensors")
                 yield TensorTree()
             yield Static(id="empty")
             with VerticalScroll(classes="side"):
@@ -76,6 +74,10 @@ class InspectorScreen(WorkingScreen):
         self.watch(self.app, "current", self._chosen)
 
     @property
+    def _filter(self) -> WordFilter:
+        return self.query_one(WordFilter)
+
+    @property
     def _tree(self) -> TensorTree:
         return self.query_one(TensorTree)
 
@@ -84,7 +86,8 @@ class InspectorScreen(WorkingScreen):
 
     def _chosen(self) -> None:
         path = self.workbench.current
-        self._path, self._found, self._leaves, self._words = path, None, (), []
+        self._path, self._found, self._leaves = path, None, ()
+        self._filter.leave()
         self._numbers.clear()
         self._tree.show_leaves((), opened=False)
         for where in ("name", "node", "model", "metadata"):
@@ -157,34 +160,20 @@ class InspectorScreen(WorkingScreen):
 
     def action_filter(self) -> None:
         """Type words."""
-        box = self.query_one("#filter", Input)
-        box.display = True
-        self.set_focus(box)  # at once: what is typed meanwhile is no key
+        self._filter.open()
 
-    @on(Input.Changed, "#filter")
-    def _filter_typed(self) -> None:
-        if self._typing:
-            self._typing.stop()
-        self._typing = self.set_timer(PAUSE, self._filter)
+    @on(WordFilter.Narrowed)
+    def _narrowed(self, message: WordFilter.Narrowed) -> None:
+        self._words = message.words
+        self._refill()
 
     @on(Input.Submitted, "#filter")
-    def _filter_done(self) -> None:
-        self._filter()
+    def _typed(self) -> None:
         self._tree.focus()
-
-    def _filter(self) -> None:
-        words = self.query_one("#filter", Input).value.casefold().split()
-        if words != self._words:
-            self._words = words
-            self._refill()
 
     def action_back(self) -> None:
         """Leave the filter, else go back to the library."""
-        box = self.query_one("#filter", Input)
-        if box.display:
-            box.value = ""
-            box.display = False
-            self._filter()
+        if self._filter.leave():
             self._tree.focus()
         else:
             self.workbench.action_show_screen("library")

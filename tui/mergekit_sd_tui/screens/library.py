@@ -26,6 +26,7 @@ from mergekit_sd_tui.pictures import PictureView
 from mergekit_sd_tui.screens.ask import AskPath, free_path
 from mergekit_sd_tui.screens.ask_more import AskLora, LoraWish
 from mergekit_sd_tui.screens.working import WorkingScreen
+from mergekit_sd_tui.word_filter import WordFilter
 
 PAUSE = 0.15  # seconds without a key before what costs time is looked at
 SORT_SECONDS = 0.5  # between two sortings while entries come in
@@ -55,14 +56,13 @@ class LibraryScreen(WorkingScreen):
         self._groups: mk.Duplicates | None = None
         self._sorted = 0.0
         self._later: Timer | None = None
-        self._typing: Timer | None = None
 
     def compose(self) -> ComposeResult:
         """List and details, the line that tells, the keys."""
         yield self.places()
         with Container(id="body"):
             with Vertical(id="list"):
-                yield Input(placeholder="words in path, kind, family or title", id="filter", classes="filter")
+                yield WordFilter("words in path, kind, family or title")
                 yield ModelTable(lambda path: path in self.workbench.workspace.marked)
                 yield Static(id="empty")
             with VerticalScroll(classes="side", can_focus=False):
@@ -276,36 +276,21 @@ class LibraryScreen(WorkingScreen):
 
     def action_filter(self) -> None:
         """Type words."""
-        box = self.query_one("#filter", Input)
-        box.display = True
-        self.set_focus(box)  # at once: what is typed meanwhile is no key
+        self.query_one(WordFilter).open()
 
-    @on(Input.Changed, "#filter")
-    def _filter_typed(self) -> None:
-        if self._typing:
-            self._typing.stop()
-        self._typing = self.set_timer(PAUSE, self._filter)
+    @on(WordFilter.Narrowed)
+    def _narrowed(self, message: WordFilter.Narrowed) -> None:
+        self._words = message.words
+        self._refill()
+        self._tell_count()
 
     @on(Input.Submitted, "#filter")
-    def _filter_done(self) -> None:
-        self._filter()
+    def _typed(self) -> None:
         self._table.focus()
-
-    def _filter(self) -> None:
-        words = self.query_one("#filter", Input).value.casefold().split()
-        if words != self._words:
-            self._words = words
-            self._refill()
-            self._tell_count()
 
     def action_back(self) -> None:
         """Leave the filter, else the groups."""
-        box = self.query_one("#filter", Input)
-        if box.display:
-            box.value = ""
-            box.display = False
-            self._filter()
-        elif self._groups is not None:
+        if not self.query_one(WordFilter).leave() and self._groups is not None:
             self._groups = None
             self._refill()
             self._tell_count()
