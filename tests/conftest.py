@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before torch: two workers with two threads each would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import models
 import pytest
 from hypothesis import settings

@@ -28,7 +28,7 @@ class PlannedTensor:
     expression: Expression
     component: str | None
 
-    @property
+    @cached_property
     def reads(self) -> tuple[Read, ...]:
         """The tensors that it is made of, each once."""
         return reads_of(self.expression)

@@ -133,11 +133,6 @@ def measure(
         conditions = {prompt: encode(prompt) for prompt in probes.prompts}
         raw = {prompt: asking.predict(each.context, each.pooled) for prompt, each in conditions.items()}
         latents, round_trip = _through_vae(networks, probes.picture)
-    finite = {
-        "text encoder": all(bool(torch.isfinite(each.context).all()) for each in conditions.values()),
-        "UNet": all(bool(np.isfinite(each).all()) for each in raw.values()),
-        "VAE": bool(np.isfinite(latents).all() and np.isfinite(round_trip)),
-    }
     return Measured(
         probes=probes,
         family=networks.family,
@@ -146,7 +141,11 @@ def measure(
         predictions={prompt: _as_noise(each, networks.prediction, asking) for prompt, each in raw.items()},
         latents=latents,
         round_trip=round_trip,
-        finite=finite,
+        finite={
+            "text encoder": all(bool(torch.isfinite(each.context).all()) for each in conditions.values()),
+            "UNet": _is_finite(*raw.values()),
+            "VAE": _is_finite(latents, np.float32(round_trip)),
+        },
         nonfinite=dict(networks.nonfinite),
         empty=_empty(networks, units),
         unet=unet,
@@ -158,6 +157,10 @@ def measure(
         own=own,
         own_text=own_text,
     )
+
+
+def _is_finite(*values: Array | np.float32) -> bool:
+    return all(bool(np.isfinite(each).all()) for each in values)
 
 
 def _empty(networks: Networks, units: Sequence[Unit]) -> tuple[str, ...]:
