@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -25,10 +26,12 @@ from textual.events import Key
 import mergekit_sd as mk
 from mergekit_sd.cli.tui import tui_command
 from mergekit_sd_tui.actions import ACTIONS, SCREENS, actions_of
+from mergekit_sd_tui.app import Workbench
 from mergekit_sd_tui.glyphs import AsciiFilter
 from mergekit_sd_tui.history import MOST, History
 from mergekit_sd_tui.model_table import ModelTable
 from mergekit_sd_tui.settings import load_settings, save_theme, settings_file
+from mergekit_sd_tui.state import Draft
 
 MANY = 5000
 FIRST_ROW = 1.0  # seconds
@@ -409,3 +412,29 @@ def test_history_is_bounded():
     for value in range(1, 2 * MOST):
         history = history.edited(value)
     assert len(history.past) == MOST
+
+
+def test_a_bug_leaves_with_a_sentence_and_loses_no_recipe(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def broken(self):
+        raise ValueError("[b]oops[/b] \x1b[31m")
+
+    monkeypatch.setattr(Workbench, "action_help", broken)
+    app = Workbench()
+
+    async def story(pilot):
+        app.edit(replace(app.workspace, draft=Draft("recipe = 1\n# mine\n")))
+        await pilot.press("f1")
+
+    with pytest.raises(ValueError, match="oops"):
+        stage.play(story, app=app)
+    words = app.last_words
+    assert "This is a bug: ValueError: [b]oops[/b] \\x1b[31m" in words
+    assert "Traceback" not in words
+    (recipe,) = tmp_path.glob("*.toml")
+    assert recipe.read_text(encoding="utf-8") == "recipe = 1\n# mine\n"
+    (log,) = tmp_path.glob("*.log")
+    assert "ValueError" in log.read_text(encoding="utf-8")
+    assert str(recipe) in words
+    assert str(log) in words

@@ -14,6 +14,8 @@ def main(start: Path | None = None) -> int:
     ask_terminal()
     app = Workbench(start)
     app.run()
+    if app.last_words:
+        print(app.last_words, file=sys.stderr)
     return app.return_code or 0
 
 

@@ -96,6 +96,7 @@ class Workbench(App[None], inherit_bindings=False):
         self._start = start
         self._ascii = filters()
         self.queue = JobQueue(self._show_jobs, self._tell_end)
+        self.last_words = ""  # for the terminal, once it is the user's again
         self._leaving = False
 
     def on_mount(self) -> None:
@@ -243,6 +244,23 @@ class Workbench(App[None], inherit_bindings=False):
     @on(Failed)
     def _tell_failure(self, message: Failed) -> None:
         self.say(told(message.error), title=f"{message.work} failed", severity="error")
+
+    def _fatal_error(self) -> None:
+        """Of Textual's: what becomes of a bug. A sentence, not pages; the traceback and the recipe are in files."""
+        error = self._exception or RuntimeError("unknown")
+        self.last_words = "\n".join([told(error), *self._rescued()])
+        self.panic()
+
+    def _rescued(self) -> list[str]:
+        """Where a recipe lies now that was not saved."""
+        draft = self.workspace.draft
+        if draft.is_saved or not draft.text.strip():
+            return []
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="mergekit-sd-", suffix=".toml", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(draft.text)
+        return [f"The recipe that was not saved is in {file.name}"]
 
     # --- actions ---
 
