@@ -16,7 +16,7 @@ from test_lora_inject import checkpoint
 
 import mergekit_sd as mk
 from mergekit_sd.api import recipe_of
-from mergekit_sd.errors import NonFiniteResult
+from mergekit_sd.errors import DtypeOverflow, NonFiniteResult
 from mergekit_sd.execute import surveys
 from mergekit_sd.execute.surveys import _Room
 
@@ -107,4 +107,52 @@ def test_the_error_of_a_thread_is_told_and_ends_those_that_wait(tmp_path, monkey
     models.write(tmp_path / "tuned.safetensors", broken)
     with pytest.raises(NonFiniteResult):
         mk.save(node(tmp_path), tmp_path / "out.safetensors", threads=2)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+TWO_FILES = """\
+recipe = 1
+[models]
+base = "base.safetensors"
+tuned = "tuned.safetensors"
+[steps.change]
+op = "extract_lora"
+tuned = "tuned"
+base = "base"
+rank = 2
+"""
+HALF, WHOLE = (
+    f'[outputs.{name}]\nmodel = "change"\nfile = "{name}.safetensors"\ndtype = "{name}"\n' for name in ("fp16", "fp32")
+)
+
+
+def test_factors_that_wait_rounded_are_those_that_would_be_written(tmp_path):
+    base = checkpoint("sd1")
+    models.write(tmp_path / "base.safetensors", base)
+    models.write(tmp_path / "tuned.safetensors", tuned(base))
+    files = {}
+    for name, outputs in (("both", HALF + WHOLE), ("half", HALF), ("whole", WHOLE)):
+        (tmp_path / "r.toml").write_text(TWO_FILES + outputs, encoding="utf-8")
+        mk.run(tmp_path / "r.toml", force=True)
+        for kind in ("fp16", "fp32"):
+            if (path := tmp_path / f"{kind}.safetensors").exists():
+                files[name, kind] = models.read(path)
+                path.unlink()
+    for kind, alone in (("fp16", "half"), ("fp32", "whole")):
+        expected = files["both", kind]
+        assert expected.keys() == files[alone, kind].keys()
+        assert all(torch.equal(expected[key], tensor) for key, tensor in files[alone, kind].items())
+    whole = files["whole", "fp32"]
+    assert any(not torch.equal(tensor, tensor.half().float()) for tensor in whole.values())
+    assert all(torch.equal(files["half", "fp16"][key], tensor.half()) for key, tensor in whole.items())
+
+
+def test_a_number_that_the_output_cannot_hold_waits_as_it_is(tmp_path):
+    base = checkpoint("sd1")
+    models.write(tmp_path / "base.safetensors", base)
+    large = {key: t.float() * 3e6 if t.dim() == 2 and "attn1" in key else t for key, t in tuned(base).items()}
+    models.write(tmp_path / "tuned.safetensors", large)
+    with pytest.raises(DtypeOverflow) as caught:
+        mk.save(node(tmp_path), tmp_path / "out.safetensors", dtype="fp16")
+    assert any("attn1" in name for name in caught.value.details)
     assert not (tmp_path / "out.safetensors").exists()

@@ -34,8 +34,7 @@ class Nowhere:
 
 def constants_of(output: PlannedOutput, made: Mapping[str, Tensor]) -> tuple[PlannedTensor, ...]:
     """What was made as tensors of the output, in its dtype. Raises NonFiniteResult or DtypeOverflow."""
-    name = output.spec.dtype_of(None)
-    dtype = _own_dtype(output) if name == "keep" else OUTPUT_DTYPES[name]
+    dtype = made_dtype(output)
     bad = [key for key, tensor in made.items() if not torch.isfinite(tensor).all()]
     if bad:
         message = f'NaN or Inf in {count(len(bad), "tensor")} of "{output.name}"; nothing was written.'
@@ -45,6 +44,12 @@ def constants_of(output: PlannedOutput, made: Mapping[str, Tensor]) -> tuple[Pla
         message = f'{count(len(large), "tensor")} of "{output.name}" hold values that the output\'s dtype cannot.'
         raise DtypeOverflow(message, hint="write another dtype (bf16, fp32)", details=large)
     return tuple(_constants(made, dtype))
+
+
+def made_dtype(output: PlannedOutput) -> Dtype:
+    """What the tensors of an output that are made before it are rounded to."""
+    name = output.spec.dtype_of(None)
+    return _own_dtype(output) if name == "keep" else OUTPUT_DTYPES[name]
 
 
 def _own_dtype(output: PlannedOutput) -> Dtype:

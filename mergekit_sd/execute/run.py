@@ -20,13 +20,14 @@ from mergekit_sd.errors import Cancelled, PinMismatch
 from mergekit_sd.events import CancelToken, Listener, Noted, OutputFinished, OutputStarted, Progressed, ignore
 from mergekit_sd.execute.compare import Comparison
 from mergekit_sd.execute.ledger import Leaves, Ledger
-from mergekit_sd.execute.making import Nowhere, constants_of, data_hash
+from mergekit_sd.execute.making import Nowhere, constants_of, data_hash, made_dtype
 from mergekit_sd.execute.memory import check_device, memory_of
 from mergekit_sd.execute.packing import Held
 from mergekit_sd.execute.surveys import needed_surveys, survey_models
 from mergekit_sd.execute.tasks import CHUNK, Task, cut
 from mergekit_sd.execute.worker import Sink, Worker
 from mergekit_sd.formats.claims import sweep
+from mergekit_sd.formats.dtypes import Dtype
 from mergekit_sd.formats.hashing import (
     LEAF,
     FileHashes,
@@ -42,6 +43,7 @@ from mergekit_sd.formats.tensor import TensorInfo
 from mergekit_sd.formats.writing import OutputFile
 from mergekit_sd.lazy import torch
 from mergekit_sd.planning.build import check_targets, layout_output, place_output
+from mergekit_sd.planning.expression import Survey
 from mergekit_sd.planning.values import How, Plan, PlannedOutput
 
 MEMORY_BUDGET = 64 * 1024 * 1024
@@ -443,11 +445,18 @@ def _work(
             _wait([partial(survey_models, survey, new_worker, number, run.options.memory)], tell, run.cancel, stop.set)
         if output.making and not output.making.survey.done:
             making, memory = output.making.survey, run.options.memory
-            make = partial(survey_models, making, new_worker, number, memory, kept=run.options.hashing)
+            dtype = _only_dtype(run.plan, making)
+            make = partial(survey_models, making, new_worker, number, memory, kept=run.options.hashing, dtype=dtype)
             _wait([make], tell, run.cancel, stop.set)
         _wait([work] * number, tell, run.cancel, stop.set)
     finally:
         torch.set_num_threads(threads)  # the workers' 1 is also what threads begun later would get
+
+
+def _only_dtype(plan: Plan, making: Survey) -> Dtype | None:
+    """What a survey's tensors are rounded to, where all outputs are made of them and round alike."""
+    dtypes = {made_dtype(each) if each.making and each.making.survey is making else None for each in plan.outputs}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _wait(

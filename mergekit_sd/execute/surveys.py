@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mergekit_sd.execute.worker import Worker
-from mergekit_sd.formats.dtypes import F32
+from mergekit_sd.formats.dtypes import F32, Dtype
 from mergekit_sd.lazy import torch
 from mergekit_sd.operations.types import Key, Tensor
 from mergekit_sd.planning.expression import Survey, compile_expression
@@ -48,16 +48,22 @@ def needed_surveys(output: PlannedOutput) -> list[Survey]:
 
 
 def survey_models(
-    survey: Survey, worker: Callable[[], Worker], threads: int, memory: int, *, kept: bool = False
+    survey: Survey,
+    worker: Callable[[], Worker],
+    threads: int,
+    memory: int,
+    *,
+    kept: bool = False,
+    dtype: Dtype | None = None,
 ) -> None:
     """Make a survey, and keep what it found. `worker` makes a worker; one is made for each thread.
 
     `memory`: bytes that the operands of all threads may take together, but for those of one tensor.
-    `kept`: what is read is hashed.
+    `kept`: what is read is hashed. `dtype`: what all that is made of the result is rounded to, if it is one.
     """
     assert survey.operation.survey
     with ThreadPoolExecutor(threads) as pool:
-        survey.result = survey.operation.survey(_Models(survey, worker, pool, threads, memory, kept))
+        survey.result = survey.operation.survey(_Models(survey, worker, pool, threads, memory, kept, dtype))
     survey.done = True
 
 
@@ -106,9 +112,10 @@ class _Models:
         threads: int,
         memory: int,
         kept: bool,
+        dtype: Dtype | None,
     ) -> None:
         self._survey, self._new_worker, self._pool, self._kept = survey, worker, pool, kept
-        self._threads, self._memory = threads, memory
+        self._threads, self._memory, self._dtype = threads, memory, dtype
         self._own = threading.local()
 
     @property
@@ -147,6 +154,13 @@ class _Models:
         for each in [self._pool.submit(work) for _ in range(self._threads)]:
             each.result()
         return [found.pop(name) for name in order]
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """In the outputs' dtype; float32 where that has no such number, for whoever looks for those."""
+        if self._dtype is None:
+            return tensor
+        rounded = tensor.to(getattr(torch, self._dtype.torch_name))
+        return rounded if bool(torch.isfinite(rounded).all()) else tensor
 
     def _size(self, name: str) -> int:
         """The bytes of a name's operands as they are made."""

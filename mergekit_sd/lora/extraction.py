@@ -106,6 +106,8 @@ class _Found:
     greatest: float
     parts: Decomposition | None = None
     product: Product | None = None
+    tensors: Mapping[str, Tensor] | None = None
+    """As the file has them, where that needs no look at the other layers; then `parts` has the values alone."""
 
 
 def extraction(settings: Settings, sources: Mapping[str, Source], seed: int) -> Callable[[Models], Extracted]:
@@ -117,7 +119,8 @@ def extraction(settings: Settings, sources: Mapping[str, Source], seed: int) -> 
 
         def work(key: Key, operands: tuple[Tensor, ...]) -> _Found:
             (change,) = operands
-            return _decomposed(by_key[key], change, settings, seed)
+            found = _decomposed(by_key[key], change, settings, seed)
+            return found if settings.size is not None or settings.clamp < 1 else _finished(found, models, settings)
 
         found = dict(zip(order, models.map(work, order), strict=True))
         return _chosen([found.pop(name) for name in sources], settings)
@@ -137,6 +140,17 @@ def _decomposed(source: Source, whole: Tensor, settings: Settings, seed: int) ->
     if settings.algorithm != "lora":
         return _Found(source, greatest, product=_product(change, int(rule.amount), settings.algorithm, draw))
     return _Found(source, greatest, svd_by_rule(change.flatten(1), rule, draw=draw))
+
+
+def _finished(found: _Found, models: Models, settings: Settings) -> _Found:
+    """With what is written of it, and no more than that."""
+    if not (found.parts or found.product):
+        return found
+    tensors = {name: models.held(tensor) for name, tensor in _written(found.source, found, settings).items()}
+    if found.parts:
+        nothing = torch.empty(0)
+        return replace(found, tensors=tensors, parts=replace(found.parts, u=nothing, vh=nothing))
+    return replace(found, tensors=tensors)
 
 
 def _product(change: Tensor, rank: int, algorithm: Algorithm, draw: Draw) -> Product:
@@ -231,6 +245,8 @@ def _once(source: Source, settings: Settings) -> int:
 
 def _written(source: Source, found: _Found, settings: Settings) -> dict[str, Tensor]:
     """A layer's factors under their names; alpha is the rank."""
+    if found.tensors is not None:
+        return dict(found.tensors)
     if found.product:
         return {key_of(source.module, part, settings.style): each for part, each in found.product.tensors.items()}
     assert found.parts is not None

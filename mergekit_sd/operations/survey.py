@@ -27,3 +27,6 @@ class Models(Protocol):
 
     def map(self, function: Callable[[Key, tuple[Tensor, ...]], T], names: Iterable[str]) -> list[T]:
         """`function` of each tensor's key and operands, on the run's threads; results in the order of `names`."""
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """A tensor of the result, as it may wait to be written: rounded already where all outputs round alike."""
