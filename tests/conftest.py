@@ -13,9 +13,9 @@ import pytest
 from hypothesis import settings
 
 # How long an example takes says nothing on a busy machine.
-settings.register_profile("quiet", deadline=None)
+settings.register_profile("quiet", deadline=None, max_examples=50)
 # In CI the same examples every time: a new find belongs to the one who looks, not to who comes by.
-settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("ci" if os.environ.get("CI") else "quiet")
 
 

@@ -127,9 +127,8 @@ def test_a_recipe_does_what_the_function_says(room, name):
             assert same(tensor, first[key]), key
             continue
         changed += not same(tensor, first[key].to(tensor.dtype))
-        torch.testing.assert_close(
-            tensor.float(), oracle[key].half().float(), rtol=1e-3, atol=2e-7, msg=lambda text, key=key: f"{key}: {text}"
-        )
+        near = torch.isclose(tensor.float(), oracle[key].half().float(), rtol=1e-3, atol=2e-7)
+        assert near.all(), f"{key}: {int((~near).sum())} of {near.numel()} elements"
     assert changed or name == "balance_attention"  # these models are narrower than its heads
 
 
