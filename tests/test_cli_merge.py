@@ -259,7 +259,7 @@ def test_demo_draws_and_says_what_to_do_next_and_that_works(tmp_path, monkeypatc
         arguments = shlex.split(command)
         if arguments[0] == "sample":
             arguments += ["--steps", "2", "--checks", "none"]
-        if "--draw" in arguments:  # that is drawn in the tests of the family
+        if "--draw" in arguments:  # drawn in test_family
             arguments = arguments[: arguments.index("--draw")]
         shell(*arguments)
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import story
 import tomlkit
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from training.drawings import caption, prompts
@@ -21,6 +23,7 @@ from training.judge import see
 pytest.importorskip("diffusers")
 
 import mergekit_sd as mk
+from mergekit_sd.cli import lora
 from mergekit_sd.family import ADAPTERS, MODELS, write_family
 from mergekit_sd.sampling.prompts.tokens import ids_of
 
@@ -122,6 +125,29 @@ def test_a_lora_out_of_outline_draws_lines(family, tmp_path):
     drawn = pictures(family, ["base", "lined"], models=models, steps={"lined": lined})
     assert holes(drawn["base"]) < 0.02 < 0.15 < holes(drawn["lined"])
     assert sum(each.is_right(*wanted) for each, wanted in zip(judged(drawn["lined"]), FEW, strict=True)) >= 2
+
+
+def test_a_lora_is_drawn_beside_its_making_and_its_baking(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lora, "_SEEDS", (1,))
+    shell, prompt = story.Shell(capsys), caption("circle", "red", "white")
+    base = family / "base.safetensors"
+    made = ("lora", "extract", family / "outline.safetensors", base, "--conv-rank", 32, "-o", "lines.safetensors")
+    report = shell.json(*made, "--draw", prompt)
+    assert [each["level"] for each in report["samples"]["checks"] if each["level"] == "failed"] == []
+    seen = {name: drawn(f"lines-samples/{name}-seed-1.png") for name in ("tuned", "base + LoRA", "base")}
+    assert holes([seen["base"]]) < 0.02 < 0.15 < min(holes([seen["tuned"]]), holes([seen["base + LoRA"]]))
+    shell("lora", "inject", base, "lines.safetensors:0.9", "-o", "baked.safetensors", "--draw", prompt)
+    plain, in_prompt = (drawn(f"baked-samples/model-prompt-{n}-seed-1.png") for n in (1, 2))
+    baked = drawn("baked-samples/baked-prompt-1-seed-1.png")
+    assert holes([plain]) < 0.02 < 0.15 < holes([baked])
+    # Baked weights were rounded to fp16, those of the prompt were not.
+    assert apart([baked], [in_prompt]) < 1 < 5 < apart([baked], [plain])
+
+
+def drawn(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 ADAPTED = {"": "", "stripes": " <lora:stripes>", "frame": " <lora:frame>", "pale": " <hypernet:pale>"}
