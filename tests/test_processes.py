@@ -114,7 +114,9 @@ def test_killed_at_fifty_moments(server, tmp_path, capsys):
             run.kill(signal.SIGKILL)
         seen["ended"] += run.wait().code == 0
         left = faults.left_in(tmp_path)
-        assert len(left) <= 1
+        # The file's own, and the lock's of a run that was killed there before: each is one name, written over.
+        assert sum(name.endswith(".tmp") for name in left) <= 1
+        assert len(left) <= 2
         seen["left"] += len(left)
         found = made_in(tmp_path)
         assert found in (wanted[now], wanted[fresh])

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_sd.recipe.load import Recipe, apply_overrides, recipe_from_data
+from mergekit_sd.recipe.load import Recipe, recipe_from_data
+from mergekit_sd.recipe.overrides import apply_overrides
 from mergekit_sd.recipe.positions import KeyPath, Where
 from mergekit_sd.recipe.read import read_document
 from mergekit_sd.text import count

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,8 +118,7 @@ def measure(
         asking = _Asking(networks, *probe_latents(probes, side_of(networks)))
         condition, text, text_calls = _trace_text(networks, encode, probes.traced)
         context, pooled = to_half(condition.context), None if condition.pooled is None else to_half(condition.pooled)
-        network: Any = networks.unet
-        units = unet_units(network, networks.architecture)
+        units = unet_units(cast("Any", networks.unet), networks.architecture)
         traced_rows = slice(0, min(len(probes.timesteps), BATCH))  # the first seed's
 
         def traced(kept: Half, kept_pooled: Half | None, given: Trace | None = None) -> Trace:
