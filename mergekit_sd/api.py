@@ -23,7 +23,16 @@ from mergekit_sd.planning.paths import Findings, Sought
 from mergekit_sd.planning.report import plan_as_json
 from mergekit_sd.planning.values import MetadataStyle, Plan, PlannedOutput
 from mergekit_sd.recipe.load import Recipe, load_recipe, recipe_from_data
-from mergekit_sd.recipe.lock import Lock, LockedInput, LockedOutput, fingerprint, lock_path, read_lock, write_lock
+from mergekit_sd.recipe.lock import (
+    Lock,
+    LockedInput,
+    LockedOutput,
+    fingerprint,
+    lock_path,
+    read_lock,
+    sweep_draft,
+    write_lock,
+)
 from mergekit_sd.recipe.write import recipe_text
 from mergekit_sd.version import VERSION
 
@@ -127,6 +136,8 @@ def make_outputs(
         return RunReport(str(checked.path), (), skipped, made.warnings, str(where))
     if skipped:  # the inputs were compared with the lock just now
         options.pop("expected_inputs", None)
+    if where and not locked:
+        sweep_draft(where)
     result = execute(replace(made, outputs=rest), RunOptions(**options, file_hashes=_file_hashes), on_event, cancel)
     warnings = list(made.warnings)
     if where and not locked:

@@ -6,6 +6,7 @@ know how a run is done.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,13 +74,23 @@ def write_lock(path: Path, lock: Lock) -> None:
         "inputs": {name: each.as_json() for name, each in lock.inputs.items()},
         "outputs": {name: {"size": each.size, "content": each.content} for name, each in lock.outputs.items()},
     }
-    fresh = path.with_name(f".{path.name}.new")
+    fresh = _draft(path)
     try:
         fresh.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def sweep_draft(path: Path) -> None:
+    """Take away what a run left that was killed while it wrote this lock."""
+    with contextlib.suppress(OSError):  # where nothing can be removed, the run says so itself
+        _draft(path).unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def read_lock(path: Path) -> Lock | None:
